@@ -1,0 +1,421 @@
+"""The models of CMKD (Gong et al., 2022, Sections 2.1, 2.2 and 4.5): building, loading, saving.
+
+    AST      overlapping 16x16 patches of a log-mel spectrogram through a DeiT-distilled Transformer (Section 2.2)
+    CNN      an image CNN with 1 input channel, mean over time and frequency of its last feature map (Section 2.1)
+    Hybrid   EfficientNet features under four attention heads over time (PSLA; Section 4.5, Table 8)
+
+All share one contract: `model(x)` with x (B, T, F) normalised log-mel gives logits (B, C); `model(x, both=True)` gives
+(logits, logits for the teacher's loss), the same tensor twice unless the model has a separate distillation head; with
+one, `model(x)` is the mean of the two. `model.features(x)` gives the representation (B, d).
+
+    python -c "import models; print(models.build_model('ast-tiny', n_classes=200))"
+"""
+
+import os
+import pathlib
+import pickle
+import re
+import sys
+
+import timm
+import torch
+from torch import nn
+
+# name: (family, timm tag of the ImageNet backbone). The tags are fixed: timm's default for b6 was trained on JFT.
+MODELS = {
+    "ast-tiny": ("ast", "deit_tiny_distilled_patch16_224.fb_in1k"),
+    "ast-small": ("ast", "deit_small_distilled_patch16_224.fb_in1k"),
+    "ast-base": ("ast", "deit_base_distilled_patch16_384.fb_in1k"),
+    "efficientnet-b0": ("cnn", "efficientnet_b0.ra_in1k"),
+    "efficientnet-b2": ("cnn", "efficientnet_b2.ra_in1k"),
+    "efficientnet-b6": ("cnn", "tf_efficientnet_b6.aa_in1k"),
+    "densenet-121": ("cnn", "densenet121.tv_in1k"),
+    "hybrid-b0": ("hybrid", "efficientnet_b0.ra_in1k"),
+    "hybrid-b2": ("hybrid", "efficientnet_b2.ra_in1k"),
+}
+N_MELS, PATCH, STRIDE = 128, 16, 10
+FORMAT = 1  # of the files that save_checkpoint writes
+
+
+def family(name):
+    """'ast', 'cnn' or 'hybrid' for a model name; ValueError for a name that is neither in MODELS nor 'timm:<CNN>'."""
+    if name.startswith("timm:"):
+        return "cnn"
+    if name not in MODELS:
+        raise ValueError(f"unknown model '{name}': choose one of {', '.join(MODELS)}, or timm:<any timm CNN>")
+    return MODELS[name][0]
+
+
+# ---------------------------------------------------------------------------------------------------- architectures
+
+
+class AST(nn.Module):
+    """Audio Spectrogram Transformer (Section 2.2). Parameter names are those of the original AST release."""
+
+    def __init__(self, tag, n_classes, n_frames, kd_head):
+        super().__init__()
+        if n_frames < PATCH:
+            raise ValueError(f"AST needs clips of at least {PATCH} frames, not {n_frames}: use a larger --clip-seconds")
+        self.n_frames = n_frames
+        self.grid = ((N_MELS - PATCH) // STRIDE + 1, (n_frames - PATCH) // STRIDE + 1)  # (12, 99) for 10 s
+        self.v = timm.create_model(tag, num_classes=0)  # without DeiT's own two heads, which AST does not use
+        d = self.v.embed_dim
+        self.v.patch_embed.proj = nn.Conv2d(1, d, PATCH, stride=STRIDE)
+        self.v.pos_embed = nn.Parameter(torch.empty(1, 2 + self.grid[0] * self.grid[1], d))
+        nn.init.trunc_normal_(self.v.pos_embed, std=0.02)
+        self.mlp_head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, n_classes))
+        self.kd_head = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, n_classes)) if kd_head else None
+        for m in self.modules():  # Hugging Face's value (the release has 1e-6): seen only on untrained weights
+            if isinstance(m, nn.LayerNorm):
+                m.eps = 1e-12
+
+    def tokens(self, x):
+        """x (B, T, F) -> class token (B, d), distillation token (B, d), after the final norm."""
+        if x.shape[1] != self.n_frames:
+            raise ValueError(f"this AST was built for {self.n_frames} frames and was given {x.shape[1]}")
+        x = x.transpose(1, 2).unsqueeze(1)  # (B, 1, F, T)
+        x = self.v.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, N, d), frequency-major
+        prefix = torch.cat([self.v.cls_token, self.v.dist_token], 1).expand(len(x), -1, -1)
+        x = torch.cat([prefix, x], 1) + self.v.pos_embed  # (B, 2 + N, d)
+        x = self.v.norm(self.v.blocks(x))
+        return x[:, 0], x[:, 1]
+
+    def features(self, x):
+        cls, dist = self.tokens(x)
+        return (cls + dist) / 2  # (B, d)
+
+    def forward(self, x, both=False):
+        if self.kd_head is None:
+            logits = kd_logits = self.mlp_head(self.features(x))  # (B, C)
+        else:  # Section 4.2: each token has its own head and its own loss
+            cls, dist = self.tokens(x)
+            logits, kd_logits = self.mlp_head(cls), self.kd_head(dist)
+        return answer(logits, kd_logits, both)
+
+
+class CNN(nn.Module):
+    """A timm CNN with 1 input channel and mean pooling over time and frequency (Section 2.1)."""
+
+    def __init__(self, tag, n_classes, kd_head):
+        super().__init__()
+        self.backbone = timm.create_model(tag, in_chans=1, num_classes=0, global_pool="")
+        d = self.backbone.head_hidden_size
+        self.head = nn.Linear(d, n_classes)
+        self.kd_head = nn.Linear(d, n_classes) if kd_head else None
+
+    def feature_map(self, x):
+        """x (B, T, F) -> (B, d, F/32, T/32)"""
+        return self.backbone(x.transpose(1, 2).unsqueeze(1))
+
+    def features(self, x):
+        return self.feature_map(x).mean((2, 3))  # (B, d)
+
+    def forward(self, x, both=False):
+        z = self.features(x)
+        logits = self.head(z)
+        return answer(logits, self.kd_head(z) if self.kd_head is not None else logits, both)
+
+
+class AttentionPool(nn.Module):
+    """PSLA's multi-head attention over time: (B, T', d) -> logits (B, C).
+
+    Head h: sum_t sigmoid(att_h(t)) sigmoid(cla_h(t)) / sum_t sigmoid(att_h(t)); heads are mixed by learned weights that
+    start at 1/4. That mixture is a probability p; it leaves as log(p / (1 - p)), so that every loss takes logits.
+    """
+
+    def __init__(self, d, n_classes, heads=4):
+        super().__init__()
+        self.att = nn.Linear(d, heads * n_classes)
+        self.cla = nn.Linear(d, heads * n_classes)
+        self.weight = nn.Parameter(torch.full((heads,), 1 / heads))
+
+    def forward(self, x):
+        shape = (*x.shape[:2], len(self.weight), -1)
+        with torch.autocast(x.device.type, enabled=False):  # 1 - 1e-7 is 1 in bfloat16
+            x = x if x.dtype == torch.float64 else x.float()
+            att = self.att(x).sigmoid().clamp(1e-7, 1 - 1e-7).view(shape)  # (B, T', heads, C)
+            cla = self.cla(x).sigmoid().view(shape)
+            p = (att * cla).sum(1) / att.sum(1)  # (B, heads, C)
+            p = torch.einsum("bhc,h->bc", p, self.weight)
+            return torch.logit(p, eps=1e-7)
+
+
+class Hybrid(CNN):
+    """CNN-attention hybrid (Section 4.5): EfficientNet features, mean over frequency, PSLA attention over time."""
+
+    def __init__(self, tag, n_classes, kd_head):
+        super().__init__(tag, n_classes, kd_head=False)
+        d = self.backbone.head_hidden_size
+        self.head = AttentionPool(d, n_classes)
+        self.kd_head = AttentionPool(d, n_classes) if kd_head else None
+
+    def forward(self, x, both=False):
+        z = self.feature_map(x).mean(2).transpose(1, 2)  # (B, T', d)
+        logits = self.head(z)
+        return answer(logits, self.kd_head(z) if self.kd_head is not None else logits, both)
+
+
+def answer(logits, kd_logits, both):
+    """(logits, kd_logits), or what evaluation uses: the mean of the two heads, which for one head is that head."""
+    return (logits, kd_logits) if both else logits if kd_logits is logits else (logits + kd_logits) / 2
+
+
+def build_model(name, n_classes, n_frames=1000, pretrained=False, kd_head=False):
+    """A model of MODELS, or 'timm:<backbone>', for (B, n_frames, 128) inputs and n_classes logits.
+
+    pretrained: False (random), True (timm's ImageNet weights, from its cache or the Hugging Face hub), or the path of a
+    file that load_pretrained understands. Raises ValueError for an unknown name or weights that do not fit, and
+    FileNotFoundError for a path that does not exist; asked-for weights are never replaced by random ones.
+    """
+    kind = family(name)
+    tag = name.removeprefix("timm:") if name.startswith("timm:") else MODELS[name][1]
+    if not timm.is_model(tag.split(".")[0]):
+        raise ValueError(f"unknown model '{name}': this timm ({timm.__version__}) has no '{tag}'; see timm.list_models()")
+    if kind == "ast":
+        model = AST(tag, n_classes, n_frames, kd_head)
+    else:
+        try:
+            model = {"cnn": CNN, "hybrid": Hybrid}[kind](tag, n_classes, kd_head)
+            training = model.training
+            with torch.no_grad():
+                z = model.eval().feature_map(torch.zeros(1, n_frames, N_MELS))
+            model.train(training)
+        except (AssertionError, AttributeError, RuntimeError, TypeError) as e:
+            raise ValueError(f"'{name}' cannot take (1, {N_MELS}, {n_frames}) spectrograms as a CNN: {e}") from e
+        if z.ndim != 4 or z.shape[1] != model.backbone.head_hidden_size:
+            raise ValueError(f"'{name}' gives {tuple(z.shape)} features, not a (B, d, F, T) map: it is no plain CNN")
+    model.spec = dict(name=name, n_classes=n_classes, n_frames=n_frames, kd_head=kd_head)
+    if pretrained is True:
+        load_state(model, imagenet_state(tag), f"ImageNet weights {tag}")
+    elif pretrained:
+        load_pretrained(model, pretrained)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------- foreign weights
+
+
+def imagenet_state(tag):
+    """timm's ImageNet state dict of a tag, from its cache or the Hugging Face hub; ValueError if neither has it."""
+    try:
+        return timm.create_model(tag, pretrained=True).state_dict()
+    except Exception as e:  # the hub's client raises errors of several libraries: network, HTTP, cache, timm itself
+        raise ValueError(
+            f"cannot get the ImageNet weights '{tag}' from the Hugging Face hub ({type(e).__name__}); connect to the network, "
+            "or give --pretrained PATH (a file of timm's weights), or --pretrained no to start from random weights"
+        ) from e
+
+
+def read_weights(path):
+    """The tensors of a .pth, .bin or .safetensors file, or of a Hugging Face folder, without wrappers' prefixes."""
+    path = pathlib.Path(path)
+    if path.is_dir():
+        found = [path / n for n in ("model.safetensors", "pytorch_model.bin") if (path / n).exists()]
+        if not found:
+            raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
+        path = found[0]
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}")
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file  # comes with timm
+
+        state = load_file(path)
+    else:
+        state = torch_load(path)
+    for key in ("state", "model", "state_dict"):  # ours, DeiT's own release, Lightning
+        if isinstance(state, dict) and isinstance(state.get(key), dict) and any(map(torch.is_tensor, state[key].values())):
+            state = state[key]
+    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+        raise ValueError(f"{path} is not a state dict of tensors")
+    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
+
+
+HF_NAMES = [  # Hugging Face ASTForAudioClassification, as saved and (after |) as transformers 5 holds it -> AST release
+    (r"^audio_spectrogram_transformer\.", "v."),
+    (r"^v\.embeddings\.distillation_token$", "v.dist_token"),
+    (r"^v\.embeddings\.cls_token$", "v.cls_token"),
+    (r"^v\.embeddings\.position_embeddings$", "v.pos_embed"),
+    (r"^v\.embeddings\.patch_embeddings\.projection\.", "v.patch_embed.proj."),
+    (r"^v\.(encoder\.layer|layers)\.", "v.blocks."),
+    (r"\.attention\.attention\.(query|key|value)\.|\.attention\.([qkv])_proj\.", lambda m: f".attn.{(m[1] or m[2])[0]}."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(?<!attention)\.output\.dense\.", ".mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"^v\.layernorm\.", "v.norm."),
+    (r"^classifier\.layernorm\.", "mlp_head.0."),
+    (r"^classifier\.dense\.", "mlp_head.1."),
+]
+
+
+def from_hugging_face(state):
+    """Hugging Face AST names -> the original release's, with query, key and value joined into one matrix."""
+    out = {}
+    for key, value in state.items():
+        for pattern, new in HF_NAMES:
+            key = re.sub(pattern, new, key)
+        out[key] = value
+    for key in [k for k in out if ".attn.q." in k]:
+        parts = [out.pop(key.replace(".attn.q.", f".attn.{p}."), None) for p in "qkv"]
+        if any(p is None for p in parts):
+            raise ValueError(f"these Hugging Face weights lack a part of {key.replace('.attn.q.', '.attn.qkv.')}")
+        out[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+    return out
+
+
+def resize_positions(pos, old, new):
+    """Position embeddings (1, 2 + f*t, d) of grid old = (f, t) for grid new: cut from the centre where new is smaller,
+    bilinear where it is larger, frequency and time each (Section 2.2 and the AST release)."""
+    prefix, grid = pos[:, :2], pos[:, 2:]
+    grid = grid.reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, d, f, t)
+    for dim, size in ((2, new[0]), (3, new[1])):
+        have = grid.shape[dim]
+        if size <= have:
+            grid = grid.narrow(dim, have // 2 - size // 2, size)
+        else:
+            shape = [size if i == dim else n for i, n in enumerate(grid.shape)][2:]
+            grid = nn.functional.interpolate(grid, shape, mode="bilinear", align_corners=False)
+    return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], 1)
+
+
+def load_pretrained(model, path):
+    """Start `model` from other people's (or our own) weights; prints what was left out, raises on anything unexpected.
+
+    Understands timm state dicts (3-channel stems included), the original AST release's .pth (`module.v.*`), Hugging Face
+    ASTForAudioClassification weights (file or folder) and this project's checkpoints. A head of another class count stays
+    at its initialisation, and that is said. Raises FileNotFoundError, or ValueError with the keys that do not fit.
+    """
+    load_state(model, read_weights(path), str(path))
+
+
+def load_state(model, state, source):
+    """load_pretrained on a state dict; `source` names it in messages."""
+    own, said = model.state_dict(), []
+    if isinstance(model, AST):
+        square = "cls_token" in state  # timm's DeiT, of square images; everything else has our 12 rows of patches
+        if any(k.startswith("audio_spectrogram_transformer.") for k in state):
+            state = from_hugging_face(state)
+        elif square:
+            state = {f"v.{k}": v for k, v in state.items()}
+        state = {k: v for k, v in state.items() if not re.match(r"v\.head(_dist)?\.", k)}  # DeiT's own, unused by AST
+        pos = state.get("v.pos_embed")
+        if pos is not None and pos.ndim == 3 and pos.shape[2] == own["v.pos_embed"].shape[2]:
+            n = pos.shape[1] - 2
+            old = (round(n**0.5),) * 2 if square else (model.grid[0], n // model.grid[0])
+            if old[0] * old[1] != n:
+                raise ValueError(f"{source}: {n} positions do not make a grid of {old[0]} rows of patches")
+            if old != model.grid:
+                said.append(f"positions {old[0]}x{old[1]} -> {model.grid[0]}x{model.grid[1]}")
+                state["v.pos_embed"] = resize_positions(pos.float(), old, model.grid)
+    elif not any(k.startswith("backbone.") for k in state):  # timm's names
+        classifier = model.backbone.pretrained_cfg.get("classifier", "classifier")
+        rename = lambda k: "head" + k[len(classifier) :] if k.startswith(classifier + ".") else "backbone." + k  # noqa: E731
+        state = {rename(k): v for k, v in state.items()}
+        if isinstance(model, Hybrid):
+            state = {k: v for k, v in state.items() if k not in ("head.weight", "head.bias")}
+            said.append("no attention head in it: ours starts at its initialisation")
+    for key, value in state.items():  # a 3-channel stem: the sum equals showing the spectrogram on all three channels
+        if key in own and value.ndim == 4 and value.shape[1] == 3 and own[key].shape[1] == 1:
+            state[key] = value.sum(1, keepdim=True)
+    for head in ("mlp_head.", "head.", "kd_head."):
+        mine = {k: v.shape for k, v in own.items() if k.startswith(head)}
+        theirs = {k: v.shape for k, v in state.items() if k.startswith(head)}
+        if mine != theirs and (mine or head == "kd_head."):
+            for key in theirs:
+                del state[key]
+            state.update({k: own[k] for k in mine})
+            if theirs and mine:
+                said.append(f"its {head[:-1]} is for other classes: ours starts at its initialisation")
+            elif mine:
+                said.append(f"no {head[:-1]} in it: ours starts at its initialisation")
+            else:
+                said.append(f"its {head[:-1]} was left out")
+    for key in own:  # a counter that old files lack; it does not change what a model computes
+        if key.endswith("num_batches_tracked"):
+            state.setdefault(key, own[key])
+    faults = {
+        "missing": [k for k in own if k not in state],
+        "unexpected": [k for k in state if k not in own],
+        "of another shape": [k for k in own if k in state and own[k].shape != state[k].shape],
+    }
+    if any(faults.values()):
+        lists = "; ".join(f"{what} {len(keys)}: {', '.join(keys)}" for what, keys in faults.items() if keys)
+        raise ValueError(f"{source} does not fit {model.spec['name']}: {lists}")
+    model.load_state_dict(state)
+    print(f"weights from {source}" + "".join(f"; {s}" for s in said))
+
+
+# -------------------------------------------------------------------------------------------------- our own files
+
+
+def atomic_write(path, write):
+    """Call write(temporary path), flush it to disk, and rename it to `path`: a file that exists is whole."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def plain_state(model):
+    """The state dict on the CPU, under the names of the bare model whatever wraps it (DDP, torch.compile)."""
+    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
+        model = model.module if hasattr(model, "module") else model._orig_mod
+    return {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+
+
+def save_checkpoint(path, model, **meta):
+    """Write weights and everything needed to use them: model, classes, mean, std, n_frames, sample_rate, task, data, args.
+
+    `meta` holds plain Python types only; load with load_checkpoint (which is torch.load with weights_only=True).
+    """
+    spec = getattr(model, "module", model).spec
+    atomic_write(path, lambda p: torch.save(dict(format=FORMAT, model=spec, state=plain_state(model), **meta), p))
+
+
+def torch_load(path):
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, UnicodeDecodeError) as e:
+        raise ValueError(f"{path} is not a readable weight file (damaged, or not made by torch.save)") from e
+
+
+def read_checkpoint(path):
+    """The dictionary that save_checkpoint wrote; FileNotFoundError, or ValueError if it is something else."""
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    file = torch_load(path)
+    if not isinstance(file, dict) or "format" not in file or "state" not in file:
+        raise ValueError(f"{path} is no checkpoint of this project (use --pretrained to start from foreign weights)")
+    if file["format"] != FORMAT:
+        raise ValueError(f"{path} has format {file['format']}, this version reads {FORMAT}: use the version that wrote it")
+    return file
+
+
+def load_checkpoint(path):
+    """-> (model in eval mode on the CPU, meta). Errors as read_checkpoint, and ValueError where the weights do not fit."""
+    meta = read_checkpoint(path)
+    model, state = build_model(**meta["model"]), meta.pop("state")
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:
+        raise ValueError(f"{path}: its weights do not fit its own model '{meta['model']['name']}'") from e
+    return model.eval(), meta
+
+
+def command_line(main):
+    """Run a script's main(): an error that a user can mend is one sentence on stderr and exit code 1."""
+    try:
+        main()
+    except (ValueError, OSError) as e:
+        if os.environ.get("TRACEBACK"):  # TRACEBACK=1 python ... shows where it came from
+            raise
+        sys.exit(f"error: {e}")
+    except KeyboardInterrupt:
+        sys.exit("stopped by Ctrl-C; the same command goes on from the last save")

@@ -1,0 +1,115 @@
+#!/usr/bin/env bash
+# The whole of CMKD: prepare fbanks, train teachers, distill both ways, train the students without KD, average weights, score,
+# print the table. What is finished is skipped, so the same command goes on after an interruption; the first failure stops it.
+#
+#   bash run_all.sh demo                                     # synthetic, ten minutes on two cores
+#   ROOT=/data/ESC-50 bash run_all.sh esc50                  # also esc10, fsd50k
+#   GPUS=8 SEEDS="0 1 2" ROOT=/data/FSD50K bash run_all.sh fsd50k
+#   bash run_all.sh data/machines                            # a folder that prep_data.py wrote
+#
+# Knobs, by environment:
+#   ROOT            the raw data on disk (not for demo, nor for a prepared folder)
+#   EXP             where runs go                            exp/NAME
+#   CNN, AST        the students                             efficientnet-b2, ast-base (demo: efficientnet-b0, ast-tiny)
+#   CNN_TEACHERS    who teaches the AST                      CNN if that is set; fsd50k: efficientnet-b0 densenet-121
+#   AST_TEACHERS    who teaches the CNN                      AST if that is set; fsd50k: ast-tiny
+#   PRETRAINED_CNN, PRETRAINED_AST   no, imagenet or a path  imagenet (demo: no)
+#   BASELINES       0: no students without KD                1
+#   SEEDS           a list; several give ensemble rows       0
+#   FOLDS           a list, for data with folds              1 2 3 4 5 for esc10 and esc50
+#   EPOCHS, LR_CNN, LR_AST, BATCH_CNN, BATCH_AST             the recipe table of train_teacher.py
+#   GPUS            processes on this machine                1
+#   WORKERS         processes of the preparation             one for each core
+#   KEEP_EPOCHS     1: keep ep-NN.pt after averaging         0
+#   PYTHON          the interpreter                          python
+set -euo pipefail
+
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit "$1"; }
+[ $# -eq 1 ] || usage 2
+HERE=$(cd "$(dirname "$0")" && pwd)
+PYTHON=${PYTHON:-python}
+case $1 in
+  -h | --help) usage 0 ;;
+  demo | esc10 | esc50 | fsd50k) NAME=$1 DATA=data/$1 ;;
+  *)
+    if [ ! -f "$1/stats.json" ]; then
+      echo "run_all.sh: '$1' is neither demo, esc10, esc50, fsd50k nor a folder that prep_data.py finished (no stats.json)" >&2
+      exit 2
+    fi
+    DATA=${1%/} NAME=$(basename "$(cd "$1" && pwd)")
+    ;;
+esac
+case $NAME in
+  demo) : "${FOLDS:=none}" "${CNN:=efficientnet-b0}" "${AST:=ast-tiny}" ;;
+  esc10 | esc50) : "${FOLDS:=1 2 3 4 5}" ;;
+  fsd50k) : "${CNN_TEACHERS:=${CNN:-efficientnet-b0 densenet-121}}" "${AST_TEACHERS:=${AST:-ast-tiny}}" ;;
+esac
+: "${FOLDS:=none}" "${SEEDS:=0}" "${CNN:=efficientnet-b2}" "${AST:=ast-base}"
+: "${CNN_TEACHERS:=$CNN}" "${AST_TEACHERS:=$AST}" "${BASELINES:=1}" "${EXP:=exp/$NAME}"
+
+stage() { # NAME COMMAND...: run a stage, or stop with its name
+  local name=$1 code=0
+  shift
+  echo "=== $name"
+  "$@" || code=$?
+  [ $code -eq 0 ] || { echo "run_all.sh: stage '$name' failed (exit code $code); mend it and run the same command again" >&2; exit $code; }
+}
+python_n() { # on several GPUs through torchrun
+  if [ "${GPUS:-1}" -gt 1 ]; then "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" "$@"; else "$PYTHON" "$@"; fi
+}
+run_of() { echo "$EXP/${1//:/-}${2:+-from-${2//:/-}}$tail"; } # MODEL [TEACHERS joined by +]
+
+train() { # MODEL [TEACHER...]: train a model, average its epochs, score it
+  local model=$1 out teachers=() kind=CNN flags=()
+  shift
+  out=$(run_of "$model" "$(IFS=+; echo "$*")")
+  case $model in ast-*) kind=AST ;; esac
+  for t in "$@"; do teachers+=("$(run_of "$t")/best.pt"); done
+  add() { local v=${2:-}; [ -z "$v" ] || flags+=("$1" "$v"); }
+  eval "add --pretrained \"\${PRETRAINED_$kind:-}\"; add --lr \"\${LR_$kind:-}\"; add --batch-size \"\${BATCH_$kind:-}\""
+  add --epochs "${EPOCHS:-}"
+  [ "$fold" = none ] || add --fold "$fold"
+  [ "${KEEP_EPOCHS:-0}" = 0 ] || flags+=(--keep-epochs)
+  if [ $# -eq 0 ]; then
+    stage "train $out" python_n "$HERE/train_teacher.py" --data "$DATA" --model "$model" --seed "$seed" --out "$out" "${flags[@]}"
+  else
+    stage "distill $out" python_n "$HERE/distill.py" --data "$DATA" --model "$model" --seed "$seed" --out "$out" --teacher "${teachers[@]}" "${flags[@]}"
+  fi
+  if compgen -G "$out/ep-*.pt" >/dev/null && [ ! "$out/wa.pt" -nt "$out/last.pt" ]; then
+    stage "average $out" python_n "$HERE/evaluate.py" --average "$out"
+  fi
+  for ckpt in best wa; do
+    if [ -f "$out/$ckpt.pt" ] && [ ! "$out/metrics-$ckpt-eval.json" -nt "$out/$ckpt.pt" ]; then
+      stage "evaluate $out/$ckpt.pt" python_n "$HERE/evaluate.py" --ckpt "$out/$ckpt.pt"
+    fi
+  done
+  settings+=("$model|$*")
+}
+
+if [ ! -f "$DATA/stats.json" ]; then
+  stage "prepare $DATA" "$PYTHON" "$HERE/prep_data.py" "$NAME" --out "$DATA" ${ROOT:+--root "$ROOT"} ${WORKERS:+--workers "$WORKERS"}
+fi
+for fold in $FOLDS; do
+  for seed in $SEEDS; do
+    tail="$([ "$fold" = none ] || echo "-fold$fold")-s$seed" settings=()
+    for model in $(printf '%s\n' $CNN_TEACHERS $AST_TEACHERS $([ "$BASELINES" = 0 ] || echo "$CNN $AST") | awk '!seen[$0]++'); do
+      train "$model"
+    done
+    train "$AST" $CNN_TEACHERS
+    train "$CNN" $AST_TEACHERS
+  done
+  if [ "$(wc -w <<<"$SEEDS")" -gt 1 ]; then # an ensemble over seeds of each setting's averaged weights, or of its best
+    for setting in "${settings[@]}"; do
+      members=() teachers=${setting#*|}
+      for seed in $SEEDS; do
+        tail="$([ "$fold" = none ] || echo "-fold$fold")-s$seed"
+        out=$(run_of "${setting%%|*}" "${teachers// /+}")
+        members+=("$out/$([ -f "$out/wa.pt" ] && echo wa || echo best).pt")
+      done
+      together=$EXP/ensemble-$(basename "${out%-s*}")/metrics-$(basename "${members[0]}" .pt)-eval.json
+      newest=$(ls -t "${members[@]}" | head -1)
+      [ "$together" -nt "$newest" ] || stage "ensemble $together" python_n "$HERE/evaluate.py" --ckpt "${members[@]}"
+    done
+  fi
+done
+stage summary "$PYTHON" "$HERE/evaluate.py" --summary "$EXP"

@@ -1,0 +1,399 @@
+"""Supervised training: every teacher, and the no-KD baseline of every student (Section 3.2, Table 2).
+
+    python prep_data.py demo && python train_teacher.py --data data/demo --model efficientnet-b0     # CPU, minutes
+    python train_teacher.py --data data/fsd50k --model ast-base                                      # one GPU
+    torchrun --nproc_per_node=8 train_teacher.py --data data/fsd50k --model ast-base                 # 8 GPUs
+
+Every flag that is not given is decided by the table below, and the resolved settings are printed and saved. A run writes
+best.pt (best on validation; the last epoch where there is none), ep-NN.pt, last.pt, log.jsonl, curve.png and args.json to
+exp/<data>/<model>[-fold<K>]-s<seed>/. Interrupted, the same command goes on; finished, it says so.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import pathlib
+import shutil
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import evaluate
+import models
+import prep_data
+
+# Table 2 with the gaps filled. A pair is (CNN or hybrid, AST). decay: 'plateau' halves after 2 epochs without a better
+# validation score; (factor, every, after) multiplies by factor when `after` epochs are done and every `every` from there.
+# average: 'val' chooses the first epoch on validation, a number is the first epoch, 'off' is none.
+RECIPES = {
+    "fsd50k": dict(
+        lr=(5e-4, 5e-5), batch_size=(24, 12), epochs=50, warmup=1000, decay="plateau", mixup=0.5, balanced=True, freq_mask=48, average="val"
+    ),
+    "audioset": dict(
+        lr=(1e-4, 1e-5), batch_size=(120, 12), epochs=(30, 5), warmup=1000, decay=((0.5, 5, 10), (0.5, 1, 2)),
+        mixup=0.5, balanced=True, freq_mask=48, average=(16, 1),
+    ),
+    "audioset-bal": dict(
+        lr=(1e-3, 5e-5), batch_size=(100, 12), epochs=(60, 25), warmup=1000, decay=((0.5, 5, 35), (0.5, 5, 10)),
+        mixup=0.5, balanced=False, freq_mask=48, average=(41, 6),
+    ),
+    "esc50": dict(  # AST starts at 1e-5 from AudioSet weights, which --pretrained PATH is taken for [AST]
+        lr=(1e-4, 1e-4), batch_size=48, epochs=25, warmup=0, decay=((0.85, 1, 5),) * 2, mixup=0.0, balanced=False, freq_mask=24, average="off"
+    ),
+    "demo": dict(  # ours: ten minutes on two cores, from random weights
+        lr=(2e-3, 5e-4), batch_size=(24, 12), epochs=(10, 10), warmup=20, decay="plateau", mixup=0.5, balanced=True, freq_mask=24, average="val"
+    ),
+}  # fmt: skip
+BETAS, WEIGHT_DECAY, TIME_MASK = (0.95, 0.999), 5e-7, 0.192  # TIME_MASK: share of the frames
+RESUME_SECONDS = 600  # last.pt is written at least this often
+
+
+# --------------------------------------------------------------------------------------------------------- settings
+
+
+def parser(doc):
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", required=True, help="a folder that prep_data.py wrote")
+    p.add_argument("--model", required=True, help=f"{', '.join(models.MODELS)}, or timm:<any timm CNN>")
+    p.add_argument("--pretrained", help="no, imagenet, or the path of a weight file (default: imagenet; demo: no)")
+    p.add_argument("--fold", type=int, help="train on the other folds; this one is for scoring")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--recipe", choices=RECIPES, help="a row of the table (default: the data set's)")
+    p.add_argument("--epochs", type=int)
+    p.add_argument("--lr", type=float)
+    p.add_argument("--batch-size", type=int, help="global: all processes together")
+    p.add_argument("--warmup", type=int, help="steps of linear warmup")
+    p.add_argument("--mixup", type=float, help="its probability")
+    p.add_argument("--balanced", action=argparse.BooleanOptionalAction, default=None, help="class-balanced sampling")
+    p.add_argument("--freq-mask", type=int, help="mel bins; a mask is narrower than this")
+    p.add_argument("--time-mask", type=int, help="frames; a mask is narrower than this")
+    p.add_argument("--label-smoothing", type=float, default=0.1)
+    p.add_argument("--keep-epochs", action="store_true", help="keep ep-NN.pt after weight averaging")
+    p.add_argument("--no-compile", action="store_true", help="CUDA: do not torch.compile")
+    p.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    p.add_argument("--out", type=pathlib.Path, help="the run's folder")
+    return p
+
+
+def resolve(args, data):
+    """Fill in what the command line left open, in place, from RECIPES; check ranges; ValueError names the flag."""
+    kind = models.family(args.model)
+    name = {"esc10": "esc50"}.get(data.source, data.source)
+    args.recipe = args.recipe or (name if name in RECIPES else {"multi-label": "fsd50k", "single-label": "esc50"}[data.task])
+    row = {k: v[kind == "ast"] if isinstance(v, tuple) else v for k, v in RECIPES[args.recipe].items()}
+    if args.pretrained is None:
+        args.pretrained = "no" if args.recipe == "demo" else "imagenet"
+    if args.recipe == "esc50" and kind == "ast" and args.pretrained not in ("no", "imagenet"):
+        row["lr"] = 1e-5
+    args.decay, args.average = row.pop("decay"), row.pop("average")
+    for key, value in row.items():
+        if getattr(args, key) is None:
+            setattr(args, key, value)
+    if args.time_mask is None:
+        args.time_mask = round(TIME_MASK * data.n_frames)
+    if isinstance(args.average, int) and args.epochs != row["epochs"]:
+        args.average = args.epochs // 3 + 1  # the last two thirds
+    if args.average == "val" and not data.has_val:
+        args.average = args.epochs // 3 + 1
+    checks = [
+        ("epochs", args.epochs >= 1), ("lr", args.lr > 0), ("batch_size", args.batch_size >= 1), ("warmup", args.warmup >= 0),
+        ("mixup", 0 <= args.mixup <= 1), ("freq_mask", 0 <= args.freq_mask <= 128), ("time_mask", 0 <= args.time_mask <= data.n_frames),
+        ("label_smoothing", 0 <= args.label_smoothing < 1), ("seed", args.seed >= 0),
+    ]  # fmt: skip
+    for key, good in checks:
+        if not good:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} is out of range")
+    world = evaluate.ranks()[1]
+    if args.batch_size % world:
+        args.batch_size += world - args.batch_size % world
+        print(f"--batch-size rounded up to {args.batch_size}, a multiple of the {world} processes")
+    args.batch_size = min(args.batch_size, max(1, len(data) // world * world))
+    args.warmup = min(args.warmup, args.epochs * (len(data) // args.batch_size) // 10)
+    return args
+
+
+def start(args, data, suffix=""):
+    """Name, create and claim the run's folder: writes args.json and prints the settings. A folder of other settings is
+    refused. Returns the settings as a dictionary of plain types."""
+    fold = "" if args.fold is None else f"-fold{args.fold}"
+    if args.out is None:
+        args.out = pathlib.Path("exp") / data.root.resolve().name / f"{args.model.replace(':', '-')}{suffix}{fold}-s{args.seed}"
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "no_compile")}
+    settings = json.loads(json.dumps(settings | {"data": str(data.root)}))  # tuples become lists
+    if evaluate.ranks()[0] == 0:
+        file = args.out / "args.json"
+        if file.exists():
+            old = json.loads(file.read_text())
+            other = [k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k)]
+            if other:
+                changes = ", ".join(f"{k} {old.get(k)} -> {settings.get(k)}" for k in sorted(other))
+                raise ValueError(f"{args.out} is a run with other settings ({changes}): give another --out, or remove it")
+        models.atomic_write(file, lambda p: p.write_text(json.dumps(settings, indent=1)))
+        print(" ".join(f"{k}={v}" for k, v in settings.items()))
+    return settings
+
+
+def meta_of(data, settings, **more):
+    """What every weight file carries beside its weights."""
+    return dict(
+        classes=data.classes, mean=data.mean, std=data.std, n_frames=data.n_frames, sample_rate=data.stats["sample_rate"],
+        task=data.task, data=str(data.root.resolve()), args=settings, **more,
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------- one epoch
+
+
+def epoch_order(data, seed, epoch, balanced):
+    """Which clips an epoch shows, in order: a permutation, or as many draws with class-balanced replacement."""
+    rng = np.random.default_rng([seed, epoch])
+    if not balanced:
+        return rng.permutation(len(data))
+    share = np.cumsum(data.weights())
+    return np.searchsorted(share, rng.random(len(data)) * share[-1], side="right").clip(max=len(data) - 1)
+
+
+def batches(data, args, epoch, device, first=0):
+    """Yield (x, y, mixed) for the steps of an epoch from step `first` on, each this rank's share of the global batch:
+    x (b, T, F) augmented and normalised, y (b, C) soft targets, mixed (b, T, F) the mixture before masks, noise and shift.
+
+    All that is random follows from (seed, epoch, step) for the global batch, so it depends neither on the number of ranks
+    nor on an interruption. A thread reads the next batch while this one trains.
+    """
+    rank, world = evaluate.ranks()
+    order, b = epoch_order(data, args.seed, epoch, args.balanced), args.batch_size // world
+    mine, C = slice(rank * b, (rank + 1) * b), len(data.classes)
+
+    def host(step):
+        clips = order[step * args.batch_size : (step + 1) * args.batch_size]
+        rng = np.random.default_rng([args.seed, epoch, step])
+        d = prep_data.draw(rng, len(clips), len(data), args.mixup, args.freq_mask, args.time_mask, data.n_frames)
+        partner = np.where(d["lam"] < 1, d.pop("partner"), clips)[mine]
+        a = data.fetch(clips[mine])
+        b = data.fetch(partner) if args.mixup > 0 else a
+        tensors = [*a, *b, *(torch.from_numpy(v[mine]) for v in d.values())]
+        if device.type == "cuda":
+            tensors = [t.pin_memory() for t in tensors]
+        return tensors, list(d), int(rng.integers(2**62))
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        steps = range(first, steps_of(data, args))
+        ahead = pool.submit(host, first) if steps else None
+        for step in steps:
+            tensors, names, noise_seed = ahead.result()
+            if step + 1 < steps.stop:
+                ahead = pool.submit(host, step + 1)
+            a, n_a, labels_a, b, n_b, labels_b, *rest = (t.to(device, non_blocking=True) for t in tensors)
+            d = dict(zip(names, rest))
+            mixed = prep_data.mix(a.float(), b.float(), d["lam"], n_a, n_b)
+            noise_source = torch.Generator(device).manual_seed(noise_seed)
+            noise = torch.rand((args.batch_size, *mixed.shape[1:]), device=device, generator=noise_source)[mine]
+            x = prep_data.augment(mixed, d, noise, data.mean, data.std)
+            y_a, y_b = (prep_data.targets(v, C, data.task, args.label_smoothing) for v in (labels_a, labels_b))
+            lam = d["lam"].unsqueeze(1)
+            yield x, lam * y_a + (1 - lam) * y_b, mixed
+
+
+def steps_of(data, args):
+    return max(1, len(data) // args.batch_size)  # the last, short batch is dropped
+
+
+def truth_loss(logits, y, task):
+    """Loss_g: BCE with logits (mean over batch and classes), or cross-entropy with soft targets (mean over the batch)."""
+    return F.binary_cross_entropy_with_logits(logits, y) if task == "multi-label" else F.cross_entropy(logits, y)
+
+
+# ---------------------------------------------------------------------------------------- the optimizer and the run
+
+
+def make_optimizer(model, args, device):
+    return torch.optim.Adam(model.parameters(), args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
+
+
+def decay_factor(args, epoch, history):
+    """What the decay leaves of --lr in an epoch (from 1), given the log of the epochs before it."""
+    if args.decay != "plateau":
+        gamma, every, after = args.decay
+        return gamma ** max(0, (epoch - 1 - after) // every + 1)
+    rate = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(rate, "max", factor=0.5, patience=2)
+    for e in history:  # replayed, so that an interruption has no state to lose
+        plateau.step(e.get("val_score", -e["loss"]))
+    return rate.param_groups[0]["lr"]
+
+
+def set_rate(optimizer, args, factor, done):
+    """The rate of the step after `done` steps of the run: linear warmup times the epoch's decay."""
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * factor * min(1.0, (done + 1) / max(1, args.warmup))
+
+
+def faster(model, args, device):
+    """channels_last for a CNN and torch.compile on CUDA, both in place; all that a frozen teacher needs."""
+    if not isinstance(model, models.AST):
+        model.to(memory_format=torch.channels_last)
+    if device.type == "cuda" and not args.no_compile:
+        model.compile()
+    return model
+
+
+def wrap(model, args, device):
+    """The student as it trains: under torchrun in DDP, with SyncBatchNorm on GPUs."""
+    if evaluate.ranks()[1] > 1 and device.type == "cuda":
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    model = faster(model, args, device)
+    return DistributedDataParallel(model) if evaluate.ranks()[1] > 1 else model
+
+
+def resume(args, model, optimizer):
+    """Go on from last.pt if there is one: -> (epoch, step, running totals, history of finished epochs)."""
+    if not (args.out / "last.pt").exists():
+        return 1, 0, None, []
+    last = models.read_checkpoint(args.out / "last.pt")
+    model.load_state_dict(last["state"])
+    optimizer.load_state_dict(last["optimizer"])
+    history, step = last["history"], last["step"]
+    if len(history) >= args.epochs:
+        print(f"{args.out} is trained already ({args.epochs} epochs); remove it to train again")
+        sys.exit(0)
+    print(f"going on from {args.out / 'last.pt'}: epoch {len(history) + 1}, step {step}")
+    return len(history) + 1, step, last["totals"], history
+
+
+def save_last(args, model, optimizer, meta, history, step=0, totals=None):
+    totals = None if totals is None else totals.tolist()
+    state = dict(optimizer=optimizer.state_dict(), history=history, step=step, totals=totals, epoch=len(history))
+    models.save_checkpoint(args.out / "last.pt", model, **meta, **state)
+
+
+def epoch_entry(args, epoch, optimizer, clips, began, **losses):
+    """The epoch's line of the log; losses are averaged over the ranks."""
+    seconds = time.monotonic() - began
+    for value in losses.values():
+        if evaluate.ranks()[1] > 1:
+            torch.distributed.all_reduce(value)
+    losses = {k: v.item() / evaluate.ranks()[1] for k, v in losses.items()}
+    lr = optimizer.param_groups[0]["lr"]
+    return dict(epoch=epoch, lr=lr, **losses, seconds=round(seconds, 2), clips_per_second=round(clips / seconds, 2))
+
+
+def finish_epoch(args, model, optimizer, val, device, meta, history, entry):
+    """Validate, log, and save ep-NN.pt, best.pt and last.pt, in the order in which a kill at any moment loses nothing."""
+    if not math.isfinite(entry["loss"]):
+        raise ValueError(f"the loss became {entry['loss']} in epoch {entry['epoch']}: try a lower --lr (now {args.lr:g})")
+    if val is not None:
+        p, y = evaluate.predict(model, val, device, meta["mean"], meta["std"], label="validation")
+        found = evaluate.scores(p, y, val.task)
+        entry |= {f"val_{k}": found[k] for k in ("mAP", "mAUC", "d_prime", "accuracy")}
+        entry["val_score"] = found[evaluate.MAIN_SCORE[val.task]]
+    best = val is None or entry["val_score"] > max((e["val_score"] for e in history), default=-1.0)
+    history.append(entry)
+    if evaluate.ranks()[0]:
+        return
+    meta = meta | {"epoch": entry["epoch"]}
+    models.save_checkpoint(args.out / f"ep-{entry['epoch']:02d}.pt", model, **meta)
+    if best:
+        models.save_checkpoint(args.out / "best.pt", model, **meta)
+    meta.pop("epoch")
+    save_last(args, model, optimizer, meta, history)
+    models.atomic_write(args.out / "log.jsonl", lambda p: p.write_text("".join(json.dumps(e) + "\n" for e in history)))
+    score = f"  val {evaluate.MAIN_SCORE[val.task]} {100 * entry['val_score']:.2f}{' *' if best else ''}" if val is not None else ""
+    print(
+        f"epoch {entry['epoch']:2d}/{args.epochs}  loss {entry['loss']:.4f}{score}  lr {entry['lr']:.2e}  "
+        f"{entry['seconds']:.0f} s, {entry['clips_per_second']:.0f} clips/s",
+        flush=True,
+    )
+
+
+def finish_run(args, history):
+    """curve.png, and where everything is."""
+    if evaluate.ranks()[0]:
+        return
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
+    epochs = [e["epoch"] for e in history]
+    ax.plot(epochs, [e["loss"] for e in history], "C0", label="training loss")
+    ax.set(xlabel="epoch", ylabel="training loss", title=args.out.name)
+    if "val_score" in history[0]:
+        right = ax.twinx()
+        right.plot(epochs, [100 * e["val_score"] for e in history], "C1", label="validation")
+        right.set_ylabel("validation score (%)", color="C1")
+    models.atomic_write(args.out / "curve.png", lambda p: fig.savefig(p, dpi=120))
+    plt.close(fig)
+    print(f"wrote {args.out}: best.pt, last.pt, ep-NN.pt, log.jsonl, curve.png")
+
+
+def open_data(args):
+    """The training split, and the validation split where there is one (folds and AudioSet have none: no choice is made)."""
+    train = prep_data.FbankDataset(args.data, "train", args.fold)
+    val = prep_data.FbankDataset(args.data, "val") if train.has_val else None
+    if val is None and evaluate.ranks()[0] == 0:
+        print("no validation split: best.pt is the last epoch")
+    return train, val
+
+
+def begin_run(args, model, meta, history):
+    """Say what disk the run will take, ValueError if there is not enough; write ep-00.pt, the model before training."""
+    if evaluate.ranks()[0]:
+        return
+    need = (args.epochs - len(history) + 4) * sum(v.nbytes for v in model.state_dict().values())
+    free = shutil.disk_usage(args.out).free
+    print(f"checkpoints will take up to {need / 2**30:.2f} GiB in {args.out} ({free / 2**30:.0f} GiB free)")
+    if need > free:
+        raise ValueError(f"{args.out} has {free / 2**30:.2f} GiB free, the checkpoints need {need / 2**30:.2f}: make room or give --out")
+    if not history:
+        models.save_checkpoint(args.out / "ep-00.pt", model, **meta, epoch=0)
+
+
+def main():
+    args = parser(__doc__).parse_args()
+    device = evaluate.setup(args.device)
+    data, val = open_data(args)
+    settings = start(resolve(args, data), data)
+    meta = meta_of(data, settings)
+
+    torch.manual_seed(args.seed)
+    pretrained = {"no": False, "imagenet": True}.get(args.pretrained, args.pretrained)
+    model = models.build_model(args.model, len(data.classes), data.n_frames, pretrained).to(device)
+    optimizer = make_optimizer(model, args, device)
+    epoch, first, totals, history = resume(args, model, optimizer)
+    begin_run(args, model, meta, history)
+    net = wrap(model, args, device)
+
+    n_steps, saved = steps_of(data, args), time.monotonic()
+    for epoch in range(epoch, args.epochs + 1):
+        began, factor = time.monotonic(), decay_factor(args, epoch, history)
+        net.train()
+        total = torch.zeros((), device=device) if totals is None else torch.tensor(totals, device=device)
+        with evaluate.progress(n_steps * args.batch_size, "clip", f"epoch {epoch}", first * args.batch_size) as bar:
+            for step, (x, y, _) in enumerate(batches(data, args, epoch, device, first), first):
+                set_rate(optimizer, args, factor, (epoch - 1) * n_steps + step)
+                with evaluate.autocast(device):
+                    logits = net(x)
+                loss = truth_loss(logits.float(), y, data.task)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                optimizer.step()
+                total += loss.detach()
+                if bar.update(args.batch_size):
+                    bar.set_postfix(loss=f"{total.item() / (step + 1):.4f}", refresh=False)
+                if time.monotonic() - saved > RESUME_SECONDS and evaluate.ranks()[0] == 0:
+                    save_last(args, model, optimizer, meta, history, step + 1, total)
+                    saved = time.monotonic()
+        entry = epoch_entry(args, epoch, optimizer, (n_steps - first) * args.batch_size, began, loss=total / n_steps)
+        finish_epoch(args, model, optimizer, val, device, meta, history, entry)
+        first, totals, saved = 0, None, time.monotonic()
+    finish_run(args, history)
+
+
+if __name__ == "__main__":
+    models.command_line(main)
