@@ -36,7 +36,10 @@ def cmkd_loss(
     in q, so it is one cross-entropy against the mean probability less the mean entropy. 'ensemble' averages the logits, the
     reading of "averaged predictions" that differs: averaged probabilities would have the same gradient as Multi-Loss.
     """
-    zs, zk, y = (z if z.dtype == torch.float64 else z.float() for z in (student_logits, student_logits if kd_logits is None else kd_logits, targets))
+    zs, zk, y = (
+        z if z.dtype == torch.float64 else z.float()
+        for z in (student_logits, student_logits if kd_logits is None else kd_logits, targets)
+    )
     zt = teacher_logits if isinstance(teacher_logits, (list, tuple)) else [teacher_logits]
     zt = torch.stack([z.detach().to(zk.dtype) for z in zt]) / tau  # (n, B, C)
     if combine == "ensemble":
@@ -61,7 +64,9 @@ def load_teachers(paths, data, args, device):
         evaluate.check_same(f"teacher {path}", meta, data)
         fold = meta["args"].get("fold")
         if fold != args.fold and data.root.resolve() == type(data.root)(meta["data"]):
-            raise ValueError(f"teacher {path} was trained with --fold {fold}, the student with --fold {args.fold}: its test clips would leak")
+            raise ValueError(
+                f"teacher {path} was trained with --fold {fold}, the student with --fold {args.fold}: its test clips would leak"
+            )
         teachers.append(model.requires_grad_(False).to(device))
         names.append(meta["model"]["name"])
     return teachers, names
@@ -72,10 +77,16 @@ def main():
     p.add_argument("--teacher", nargs="+", required=True, metavar="CKPT", help="one or more checkpoints")
     p.add_argument("--lam", type=float, default=KD["lam"], help="weight of the truth, in [0, 1] (default: %(default)s)")
     p.add_argument("--tau", type=float, help="temperature of the teacher (default: by direction and data, see KD)")
-    p.add_argument("--combine", choices=["loss", "ensemble"], default="loss", help="several teachers: Multi-Loss or Ensemble")
+    p.add_argument(
+        "--combine", choices=["loss", "ensemble"], default="loss", help="several teachers: Multi-Loss or Ensemble"
+    )
     p.add_argument("--kl", choices=["bernoulli", "softmax"], default="bernoulli", help="Loss_d of multi-label data")
-    p.add_argument("--conventional", action="store_true", help="the teacher sees the mixture without masks, noise and shift")
-    p.add_argument("--kd-head", action="store_true", help="a separate head for the teacher's loss; scored by the mean of both")
+    p.add_argument(
+        "--conventional", action="store_true", help="the teacher sees the mixture without masks, noise and shift"
+    )
+    p.add_argument(
+        "--kd-head", action="store_true", help="a separate head for the teacher's loss; scored by the mean of both"
+    )
     args = p.parse_args()
     if not 0 <= args.lam <= 1:
         raise ValueError(f"--lam {args.lam} is out of range [0, 1]")
@@ -85,7 +96,9 @@ def main():
     teachers, names = load_teachers(args.teacher, data, args, device)
     if args.tau is None:
         to_cnn = all(models.family(n) == "ast" for n in names) and models.family(args.model) != "ast"
-        args.tau = KD["tau on ESC-50" if args.recipe == "esc50" else "tau from ASTs to a CNN or hybrid" if to_cnn else "tau"]
+        args.tau = KD[
+            "tau on ESC-50" if args.recipe == "esc50" else "tau from ASTs to a CNN or hybrid" if to_cnn else "tau"
+        ]
     if args.tau <= 0:
         raise ValueError(f"--tau {args.tau} is out of range: it must be above 0")
     settings = train_teacher.start(args, data, "-from-" + "+".join(n.replace(":", "-") for n in names))
@@ -95,13 +108,13 @@ def main():
     pretrained = {"no": False, "imagenet": True}.get(args.pretrained, args.pretrained)
     model = models.build_model(args.model, len(data.classes), data.n_frames, pretrained, args.kd_head).to(device)
     optimizer = train_teacher.make_optimizer(model, args, device)
-    epoch, first, totals, history = train_teacher.resume(args, model, optimizer)
+    start_epoch, first, totals, history = train_teacher.resume(args, model, optimizer)
     train_teacher.begin_run(args, model, meta, history)
-    net, teachers = train_teacher.wrap(model, args, device), [train_teacher.faster(t, args, device) for t in teachers]
+    net, teachers = (train_teacher.wrap(model, args, device), [train_teacher.faster(t, args, device) for t in teachers])
 
     n_steps, saved = train_teacher.steps_of(data, args), time.monotonic()
-    for epoch in range(epoch, args.epochs + 1):
-        began, factor = time.monotonic(), train_teacher.decay_factor(args, epoch, history)
+    for epoch in range(start_epoch, args.epochs + 1):
+        began, factor = (time.monotonic(), train_teacher.decay_factor(args, epoch, history))
         net.train()
         total = torch.zeros(3, device=device) if totals is None else torch.tensor(totals, device=device)
         with evaluate.progress(n_steps * args.batch_size, "clip", f"epoch {epoch}", first * args.batch_size) as bar:
@@ -112,7 +125,9 @@ def main():
                     with torch.no_grad():
                         teacher_logits = [teacher(seen) for teacher in teachers]
                     logits, kd_logits = net(x, both=True)
-                losses = cmkd_loss(logits, teacher_logits, y, data.task, args.lam, args.tau, kd_logits, args.combine, args.kl)
+                losses = cmkd_loss(
+                    logits, teacher_logits, y, data.task, args.lam, args.tau, kd_logits, args.combine, args.kl
+                )
                 optimizer.zero_grad(set_to_none=True)
                 losses[0].backward()
                 optimizer.step()

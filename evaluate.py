@@ -24,7 +24,7 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from scipy.stats import norm
+from scipy.special import ndtri
 from sklearn.metrics import average_precision_score, roc_auc_score
 from tqdm import tqdm
 
@@ -42,7 +42,7 @@ def setup(device=None):
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda, but PyTorch sees no GPU here: use --device cpu")
     use_cuda = device != "cpu" and torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", 0))
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     if use_cuda:
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
@@ -63,7 +63,9 @@ def autocast(device):
 def progress(total, unit, label, initial=0):
     """A progress bar on rank 0: live on a terminal, a line every half minute in a log."""
     interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(total=total, unit=unit, desc=label, initial=initial, mininterval=interval, disable=ranks()[0] > 0, leave=False)
+    return tqdm(
+        total=total, unit=unit, desc=label, initial=initial, mininterval=interval, disable=ranks()[0] > 0, leave=False
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- scores
@@ -96,7 +98,7 @@ def scores(predictions, targets, task):
     return {
         "mAP": float(np.nanmean(ap)) if len(ap[positives > 0]) else math.nan,
         "mAUC": mean_auc,
-        "d_prime": float(math.sqrt(2) * norm.ppf(mean_auc)),
+        "d_prime": float(math.sqrt(2) * ndtri(mean_auc)),
         "accuracy": float(hot[np.arange(len(hot)), predictions.argmax(1)].mean()),
         "AP": ap,
         "AUC": auc,
@@ -137,7 +139,9 @@ def check_same(what, meta, data):
     if meta["classes"] != data.classes:
         pairs = zip([*meta["classes"], "(none)"], [*data.classes, "(none)"])  # a shorter list ends in (none)
         theirs, ours = next((a, b) for a, b in pairs if a != b)
-        raise ValueError(f"{what} and {data.root} differ in classes ({len(meta['classes'])} and {len(data.classes)}), first: {theirs} and {ours}")
+        raise ValueError(
+            f"{what} and {data.root} differ in classes ({len(meta['classes'])} and {len(data.classes)}), first: {theirs} and {ours}"
+        )
     for key, ours in (("task", data.task), ("n_frames", data.n_frames)):
         if meta[key] != ours:
             raise ValueError(f"{what} and {data.root} differ in {key}: {meta[key]} and {ours}")
@@ -159,7 +163,9 @@ def score_checkpoints(paths, split, root, device):
         if (meta["classes"], meta["args"].get("fold")) != (first["classes"], first["args"].get("fold")):
             raise ValueError(f"{path} has other classes or another fold than {paths[0]}: they make no ensemble")
         data = open_for(meta, split, root)
-        p, y = predict(model.to(device), data, device, meta["mean"], meta["std"], label=f"{path.parent.name} on {split}")
+        p, y = predict(
+            model.to(device), data, device, meta["mean"], meta["std"], label=f"{path.parent.name} on {split}"
+        )
         total = total + p / len(paths)
         n_params = sum(v.numel() for v in model.parameters())
     if ranks()[0]:
@@ -167,16 +173,27 @@ def score_checkpoints(paths, split, root, device):
     found = scores(total, y, data.task)
     out, name = paths[0].parent, paths[0].stem
     if len(paths) > 1:
-        out = paths[0].parent.parent / ("ensemble-" + "+".join(dict.fromkeys(re.sub(r"-s\d+$", "", p.parent.name) for p in paths)))
+        out = paths[0].parent.parent / (
+            "ensemble-" + "+".join(dict.fromkeys(re.sub(r"-s\d+$", "", p.parent.name) for p in paths))
+        )
     ap, auc, positives = (found.pop(k) for k in ("AP", "AUC", "positives"))
     result = {
         **{k: v if math.isfinite(v) else None for k, v in found.items()},
-        **{"task": data.task, "split": split, "clips": len(data), "classes_without_positives": int((positives == 0).sum())},
-        **{"model": first["model"]["name"], "teachers": first.get("teachers", []), "params": n_params, "epoch": first["epoch"]},
-        **{"checkpoints": [str(p) for p in paths], "data": str(data.root), "fold": first["args"].get("fold")},
-        **{"seed": first["args"]["seed"], "seconds": round(time.time() - start, 1)},
+        "task": data.task,
+        "split": split,
+        "clips": len(data),
+        "classes_without_positives": int((positives == 0).sum()),
+        "model": first["model"]["name"],
+        "teachers": first.get("teachers", []),
+        "params": n_params,
+        "epoch": first["epoch"],
+        "checkpoints": [str(p) for p in paths],
+        "data": str(data.root),
+        "fold": first["args"].get("fold"),
+        "seed": first["args"]["seed"],
+        "seconds": round(time.time() - start, 1),
     }
-    metrics, per_class = out / f"metrics-{name}-{split}.json", out / f"per_class-{name}-{split}.csv"
+    metrics, per_class = (out / f"metrics-{name}-{split}.json", out / f"per_class-{name}-{split}.csv")
     models.atomic_write(metrics, lambda p: p.write_text(json.dumps(result, indent=1)))
 
     def write(p):
@@ -227,13 +244,17 @@ def average_run(run, device, keep_epochs=False):
     """
     args = json.loads((run / "args.json").read_text())
     if not (run / "last.pt").exists() or models.read_checkpoint(run / "last.pt")["epoch"] < args["epochs"]:
-        raise ValueError(f"{run} is not trained to its last epoch ({args['epochs']}): finish it with the command that began it")
+        raise ValueError(
+            f"{run} is not trained to its last epoch ({args['epochs']}): finish it with the command that began it"
+        )
     epochs = {int(p.stem[3:]): p for p in run.glob("ep-*.pt") if int(p.stem[3:]) > 0}
     if args["average"] == "off":
         print(f"{run}: its recipe has no weight averaging")
     else:
         if sorted(epochs) != list(range(1, args["epochs"] + 1)):
-            raise ValueError(f"{run} lacks some of ep-01.pt to ep-{args['epochs']:02d}.pt: they were pruned or never written")
+            raise ValueError(
+                f"{run} lacks some of ep-01.pt to ep-{args['epochs']:02d}.pt: they were pruned or never written"
+            )
         model, meta = models.load_checkpoint(epochs[args["epochs"]])
         if args["average"] == "val":
             start, total, best, log = None, None, -1.0, []
@@ -242,7 +263,9 @@ def average_run(run, device, keep_epochs=False):
             for n, epoch in enumerate(sorted(epochs, reverse=True), 1):
                 total = running_mean(total, models.read_checkpoint(epochs[epoch])["state"], n)
                 model.load_state_dict(as_weights(total))
-                p, y = predict(model, data, device, meta["mean"], meta["std"], label=f"average {epoch}-{args['epochs']}")
+                p, y = predict(
+                    model, data, device, meta["mean"], meta["std"], label=f"average {epoch}-{args['epochs']}"
+                )
                 score = scores(p, y, data.task)[MAIN_SCORE[data.task]]
                 log.append((epoch, score))
                 if score > best:
@@ -295,14 +318,20 @@ def summary(folder):
         found = settings[g]
         any_of = next(iter(found.values()))
         one = any_of[0]
-        lines.append([g, one["model"], f"{one['params'] / 1e6:.1f}", " + ".join(one["teachers"]) or "no KD", str(len(any_of))])
+        lines.append(
+            [g, one["model"], f"{one['params'] / 1e6:.1f}", " + ".join(one["teachers"]) or "no KD", str(len(any_of))]
+        )
         lines[-1] += [cell(found.get(c, []), main) for c in columns] + [cell(any_of, other)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = ["| " + " | ".join(v.ljust(w) for v, w in zip(line, widths)) + " |" for line in lines]
     rows.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     clips = next(iter(settings[order[0]].values()))[0]["clips"]
     folds = sorted({f["fold"] for g in settings.values() for r in g.values() for f in r} - {None})
-    what = f"{folder.name}, eval split ({clips} clips)" if not folds else f"{folder.name}, fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}"
+    what = (
+        f"{folder.name}, eval split ({clips} clips)"
+        if not folds
+        else f"{folder.name}, fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}"
+    )
     text = f"{what}; in percent, mean ± standard deviation over runs\n\n" + "\n".join(rows) + "\n"
     models.atomic_write(folder / "summary.md", lambda p: p.write_text(text, encoding="utf-8"))
     print(text)
@@ -339,11 +368,19 @@ def draw_curves(folder):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument("--ckpt", type=pathlib.Path, nargs="+", metavar="FILE", help="score this checkpoint, or the ensemble of several")
-    what.add_argument("--average", type=pathlib.Path, metavar="RUN", help="average the weights of a run's epochs into RUN/wa.pt")
-    what.add_argument("--summary", type=pathlib.Path, metavar="EXP", help="print the table of all runs of a folder exp/NAME")
+    what.add_argument(
+        "--ckpt", type=pathlib.Path, nargs="+", metavar="FILE", help="score this checkpoint, or the ensemble of several"
+    )
+    what.add_argument(
+        "--average", type=pathlib.Path, metavar="RUN", help="average the weights of a run's epochs into RUN/wa.pt"
+    )
+    what.add_argument(
+        "--summary", type=pathlib.Path, metavar="EXP", help="print the table of all runs of a folder exp/NAME"
+    )
     p.add_argument("--split", default="eval", choices=["train", "val", "eval"], help="what to score (default: eval)")
-    p.add_argument("--data", type=pathlib.Path, help="the prepared folder, where it is not at the place the checkpoint names")
+    p.add_argument(
+        "--data", type=pathlib.Path, help="the prepared folder, where it is not at the place the checkpoint names"
+    )
     p.add_argument("--keep-epochs", action="store_true", help="with --average: do not delete ep-*.pt afterwards")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     a = p.parse_args()

@@ -170,7 +170,9 @@ def build_model(name, n_classes, n_frames=1000, pretrained=False, kd_head=False)
     kind = family(name)
     tag = name.removeprefix("timm:") if name.startswith("timm:") else MODELS[name][1]
     if not timm.is_model(tag.split(".")[0]):
-        raise ValueError(f"unknown model '{name}': this timm ({timm.__version__}) has no '{tag}'; see timm.list_models()")
+        raise ValueError(
+            f"unknown model '{name}': this timm ({timm.__version__}) has no '{tag}'; see timm.list_models()"
+        )
     if kind == "ast":
         model = AST(tag, n_classes, n_frames, kd_head)
     else:
@@ -184,7 +186,7 @@ def build_model(name, n_classes, n_frames=1000, pretrained=False, kd_head=False)
             raise ValueError(f"'{name}' cannot take (1, {N_MELS}, {n_frames}) spectrograms as a CNN: {e}") from e
         if z.ndim != 4 or z.shape[1] != model.backbone.head_hidden_size:
             raise ValueError(f"'{name}' gives {tuple(z.shape)} features, not a (B, d, F, T) map: it is no plain CNN")
-    model.spec = dict(name=name, n_classes=n_classes, n_frames=n_frames, kd_head=kd_head)
+    model.spec = {"name": name, "n_classes": n_classes, "n_frames": n_frames, "kd_head": kd_head}
     if pretrained is True:
         load_state(model, imagenet_state(tag), f"ImageNet weights {tag}")
     elif pretrained:
@@ -223,7 +225,11 @@ def read_weights(path):
     else:
         state = torch_load(path)
     for key in ("state", "model", "state_dict"):  # ours, DeiT's own release, Lightning
-        if isinstance(state, dict) and isinstance(state.get(key), dict) and any(map(torch.is_tensor, state[key].values())):
+        if (
+            isinstance(state, dict)
+            and isinstance(state.get(key), dict)
+            and any(map(torch.is_tensor, state[key].values()))
+        ):
             state = state[key]
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path} is not a state dict of tensors")
@@ -237,7 +243,10 @@ HF_NAMES = [  # Hugging Face ASTForAudioClassification, as saved and (after |) a
     (r"^v\.embeddings\.position_embeddings$", "v.pos_embed"),
     (r"^v\.embeddings\.patch_embeddings\.projection\.", "v.patch_embed.proj."),
     (r"^v\.(encoder\.layer|layers)\.", "v.blocks."),
-    (r"\.attention\.attention\.(query|key|value)\.|\.attention\.([qkv])_proj\.", lambda m: f".attn.{(m[1] or m[2])[0]}."),
+    (
+        r"\.attention\.attention\.(query|key|value)\.|\.attention\.([qkv])_proj\.",
+        lambda m: f".attn.{(m[1] or m[2])[0]}.",
+    ),
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"(?<!attention)\.output\.dense\.", ".mlp.fc2."),
@@ -310,7 +319,7 @@ def load_state(model, state, source):
                 state["v.pos_embed"] = resize_positions(pos.float(), old, model.grid)
     elif not any(k.startswith("backbone.") for k in state):  # timm's names
         classifier = model.backbone.pretrained_cfg.get("classifier", "classifier")
-        rename = lambda k: "head" + k[len(classifier) :] if k.startswith(classifier + ".") else "backbone." + k  # noqa: E731
+        rename = lambda k: "head" + k[len(classifier) :] if k.startswith(classifier + ".") else "backbone." + k
         state = {rename(k): v for k, v in state.items()}
         if isinstance(model, Hybrid):
             state = {k: v for k, v in state.items() if k not in ("head.weight", "head.bias")}
@@ -394,7 +403,9 @@ def read_checkpoint(path):
     if not isinstance(file, dict) or "format" not in file or "state" not in file:
         raise ValueError(f"{path} is no checkpoint of this project (use --pretrained to start from foreign weights)")
     if file["format"] != FORMAT:
-        raise ValueError(f"{path} has format {file['format']}, this version reads {FORMAT}: use the version that wrote it")
+        raise ValueError(
+            f"{path} has format {file['format']}, this version reads {FORMAT}: use the version that wrote it"
+        )
     return file
 
 

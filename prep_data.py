@@ -86,7 +86,9 @@ def load_audio(path, seconds):
     """
     with soundfile.SoundFile(path) as f:
         rate = f.samplerate
-        x = f.read(math.ceil((seconds + 0.1) * rate), dtype="float32", always_2d=True).mean(1)  # a margin for the filter
+        x = f.read(math.ceil((seconds + 0.1) * rate), dtype="float32", always_2d=True).mean(
+            1
+        )  # a margin for the filter
     if not len(x):
         raise ValueError("no samples")
     if not np.isfinite(x).all():
@@ -114,10 +116,16 @@ def read_table(path, columns):
 def esc(root, ten):
     """ESC-50's official layout; ESC-10 is the rows whose esc10 column is True."""
     table = root / "meta" / "esc50.csv"
-    rows = [r for r in read_table(table, ["filename", "fold", "target", "category", "esc10"]) if not ten or r["esc10"] == "True"]
+    rows = [
+        r
+        for r in read_table(table, ["filename", "fold", "target", "category", "esc10"])
+        if not ten or r["esc10"] == "True"
+    ]
     names = sorted({(int(r["target"]), r["category"]) for r in rows})
     index = {target: i for i, (target, _) in enumerate(names)}
-    clips = [(r["filename"], root / "audio" / r["filename"], "", int(r["fold"]), [index[int(r["target"])]]) for r in rows]
+    clips = [
+        (r["filename"], root / "audio" / r["filename"], "", int(r["fold"]), [index[int(r["target"])]]) for r in rows
+    ]
     return [("", name) for _, name in names], clips
 
 
@@ -153,7 +161,7 @@ def own_table(table, seed=0):
         if r["path"] in seen:
             raise ValueError(f"{table} line {n}: '{r['path']}' stands in line {seen[r['path']]} already")
         seen[r["path"]] = n
-        split, fold = (r.get("split") or "").strip().lower(), (r.get("fold") or "").strip()
+        split, fold = ((r.get("split") or "").strip().lower(), (r.get("fold") or "").strip())
         if split not in SPLITS:
             raise ValueError(f"{table} line {n}: unknown split '{split}': use train, val or eval")
         if fold and not fold.isdecimal():
@@ -166,7 +174,9 @@ def own_table(table, seed=0):
     if clips[0][2] == "" and clips[0][3] == "":
         for clip, split in zip(clips, stratify(labels, len(names), seed)):
             clip[2] = split
-        print(f"{table} has neither split nor fold: made a stratified 80/10/10 split from seed {seed} (written to clips.csv)")
+        print(
+            f"{table} has neither split nor fold: made a stratified 80/10/10 split from seed {seed} (written to clips.csv)"
+        )
     return [("", name) for name in names], [tuple(c) for c in clips]
 
 
@@ -176,7 +186,7 @@ def stratify(labels, n_classes, seed, shares=(("train", 0.8), ("val", 0.1), ("ev
     for i in np.random.default_rng(seed).permutation(len(labels)):
         for c in labels[i] or [n_classes]:  # no label is a class of its own here
             members[c].append(int(i))
-    split, room = [None] * len(labels), {name: share * len(labels) for name, share in shares}
+    split, room = ([None] * len(labels), {name: share * len(labels) for name, share in shares})
     want = {c: {name: share * len(m) for name, share in shares} for c, m in members.items()}
     for c in sorted(members, key=lambda c: (len(members[c]), c)):
         for i in members[c]:
@@ -188,13 +198,25 @@ def stratify(labels, n_classes, seed, shares=(("train", 0.8), ("val", 0.1), ("ev
     return split
 
 
-DEMO_CLASSES = ["am_tone", "bell", "chirp_down", "chirp_up", "clicks", "fm_tone", "harmonic_stack", "noise_band", "noise_burst", "tone"]
+DEMO_CLASSES = [
+    "am_tone",
+    "bell",
+    "chirp_down",
+    "chirp_up",
+    "clicks",
+    "fm_tone",
+    "harmonic_stack",
+    "noise_band",
+    "noise_burst",
+    "tone",
+]
 
 
 def demo_sound(rng, kind, n):
     """One synthetic event of n samples at 16 kHz, peak near 1."""
     t = np.arange(n) / SAMPLE_RATE
-    f = 2 ** rng.uniform(7.5, 11.5)  # 181 to 2896 Hz
+    centre = 8 + 3 * DEMO_CLASSES.index(kind) / (len(DEMO_CLASSES) - 1)
+    f = 2 ** (centre + rng.uniform(-0.5, 0.5))  # a class has its octave, between 181 and 2896 Hz, which others overlap
     phase = 2 * np.pi * f * t
     if kind == "tone":
         return np.sin(phase)
@@ -229,15 +251,15 @@ def demo(root, counts=(("train", 240), ("val", 60), ("eval", 120))):
     for s, (split, count) in enumerate(counts):
         for i in range(count):
             rng = np.random.default_rng([2022, s, i])
-            x = rng.standard_normal(n) * 10 ** rng.uniform(-2.2, -1.4)
+            x = rng.standard_normal(n) * 10 ** rng.uniform(-2.8, -2.0)
             kinds = rng.choice(len(DEMO_CLASSES), rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2]), replace=False)
             for k in sorted(kinds):
-                length = int(rng.uniform(0.4, 1.6) * SAMPLE_RATE)
+                length = int(rng.uniform(0.6, 1.8) * SAMPLE_RATE)
                 at = rng.integers(n - length)
                 fade = np.minimum(1, np.minimum(np.arange(length), np.arange(length)[::-1]) / 160)
-                x[at : at + length] += demo_sound(rng, DEMO_CLASSES[k], length) * fade * 10 ** rng.uniform(-1.5, -0.5)
+                x[at : at + length] += demo_sound(rng, DEMO_CLASSES[k], length) * fade * 10 ** rng.uniform(-1.1, -0.5)
             name = f"audio/{split}-{i:03d}.wav"
-            soundfile.write(root / name, (x / max(1, np.abs(x).max())).astype(np.float32), SAMPLE_RATE, subtype="PCM_16")
+            soundfile.write(root / name, x / max(1, np.abs(x).max()), SAMPLE_RATE, subtype="PCM_16")
             rows.append([name, ";".join(DEMO_CLASSES[k] for k in sorted(kinds)), split])
     write_csv(root / "clips.csv", ["path", "labels", "split"], rows)
     return own_table(root / "clips.csv")
@@ -299,13 +321,23 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
         raise ValueError(f"--task single-label, but clip '{bad[0]}' has {len(bad[4])} labels")
     if n_frames < 16:
         raise ValueError(f"--clip-seconds {seconds} is too short: use 0.16 or more")
-    splits, folds = collections.Counter(c[2] for c in clips), collections.Counter(c[3] for c in clips)
+    splits, folds = (collections.Counter(c[2] for c in clips), collections.Counter(c[3] for c in clips))
     if "" not in splits and not (splits["train"] and splits["eval"]):
-        raise ValueError(f"no clip has split '{'eval' if splits['train'] else 'train'}': training and scoring need both")
+        raise ValueError(
+            f"no clip has split '{'eval' if splits['train'] else 'train'}': training and scoring need both"
+        )
     if "" not in folds and len(folds) < 2:
         raise ValueError(f"all clips are in fold {clips[0][3]}: two or more folds are needed")
 
-    facts = dict(version=VERSION, source=source, task=task, sample_rate=SAMPLE_RATE, n_mels=N_MELS, n_frames=n_frames, shard=SHARD)
+    facts = {
+        "version": VERSION,
+        "source": source,
+        "task": task,
+        "sample_rate": SAMPLE_RATE,
+        "n_mels": N_MELS,
+        "n_frames": n_frames,
+        "shard": SHARD,
+    }
     digest = hashlib.sha256(repr([facts, classes]).encode())
     for clip in clips:
         digest.update(repr((clip[0], str(clip[1]), *clip[2:])).encode())
@@ -313,7 +345,9 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
     out.mkdir(parents=True, exist_ok=True)
     for name in ("stats.json", "unfinished.json"):
         if (out / name).exists() and json.loads((out / name).read_text()).get("fingerprint") != facts["fingerprint"]:
-            raise ValueError(f"{out} holds another preparation (other clips or settings): give another --out, or remove it")
+            raise ValueError(
+                f"{out} holds another preparation (other clips or settings): give another --out, or remove it"
+            )
     if (out / "stats.json").exists():
         print(f"{out} is complete: nothing to do")
         return out
@@ -328,8 +362,8 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
     todo = [s for s in range(n_shards) if not shard_path(s).exists()]
     print(f"{source}: {len(clips)} clips of {seconds:g} s, {len(classes)} classes, {task}; {workers} workers -> {out}")
     bar = tqdm(
-        total=len(clips),
-        initial=len(clips) - sum(len(clips[s * SHARD : (s + 1) * SHARD]) for s in todo), unit="clip")
+        total=len(clips), initial=len(clips) - sum(len(clips[s * SHARD : (s + 1) * SHARD]) for s in todo), unit="clip"
+    )
     pending = collections.deque()
 
     def finish(s, temporary, futures):
@@ -380,12 +414,15 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
         )
     write_csv(out / "classes.csv", ["index", "mid", "display_name"], [[i, *c] for i, c in enumerate(classes)])
     write_csv(out / "clips.csv", ["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"], kept)
-    replace(out / "stats.json", json.dumps(facts | {"clips": len(kept), "skipped": len(skipped), "crc32": crcs}, indent=1))
+    facts |= {"clips": len(kept), "skipped": len(skipped), "crc32": crcs}
+    replace(out / "stats.json", json.dumps(facts, indent=1))
     (out / "unfinished.json").unlink()
     for s in range(n_shards):
         shard_path(s).with_suffix(".json").unlink(missing_ok=True)
     if skipped:
-        print(f"skipped {len(skipped)}, named with the reason in {out / 'skipped.csv'}; the first: {skipped[0][1]}: {skipped[0][2]}")
+        print(
+            f"skipped {len(skipped)}, named with the reason in {out / 'skipped.csv'}; the first: {skipped[0][1]}: {skipped[0][2]}"
+        )
     counts = collections.Counter(f"fold {r[4]}" if r[4] != "" else r[3] for r in kept)
     print(f"wrote {out}: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
     return out
@@ -406,11 +443,14 @@ class FbankDataset(torch.utils.data.Dataset):
     def __init__(self, root, split, fold=None):
         self.root, self.split, self.fold = pathlib.Path(root), split, fold
         if not (self.root / "stats.json").is_file():
-            what = "is not complete (interrupted?)" if (self.root / "unfinished.json").exists() else "is no prepared folder"
+            half = (self.root / "unfinished.json").exists()
+            what = "is not complete (interrupted?)" if half else "is no prepared folder"
             raise FileNotFoundError(f"{self.root} {what}: run prep_data.py with --out {self.root}")
         self.stats = json.loads((self.root / "stats.json").read_text())
         if self.stats["version"] != VERSION:
-            raise ValueError(f"{self.root} is of version {self.stats['version']}, this code reads {VERSION}: prepare it again")
+            raise ValueError(
+                f"{self.root} is of version {self.stats['version']}, this code reads {VERSION}: prepare it again"
+            )
         self.source, self.task, self.n_frames = (self.stats[k] for k in ("source", "task", "n_frames"))
         self.classes = [r["display_name"] for r in read_table(self.root / "classes.csv", ["display_name"])]
         with open(self.root / "clips.csv", newline="", encoding="utf-8") as f:
@@ -433,12 +473,14 @@ class FbankDataset(torch.utils.data.Dataset):
             raise ValueError(f"{self.root} has no split '{split}': it has {', '.join(have)}")
         self.has_val = fold is None and "val" in splits
         rows, self.ids, labels, frames, mean, var = zip(*rows)
-        self.rows, self.frames = np.array(rows), np.array(frames)  # (n,): place in the shards, own frame count
-        mean, var, share = np.array(mean), np.array(var), self.frames / self.frames.sum()
+        self.rows, self.frames = (np.array(rows), np.array(frames))  # (n,): place in the shards, own frame count
+        mean, var, share = (np.array(mean), np.array(var), self.frames / self.frames.sum())
         self.mean = float(share @ mean)
         self.std = float(np.sqrt(share @ (var + mean**2) - self.mean**2))
         labels = [[int(k) for k in v.split(";")] if v else [] for v in labels]
-        self.labels = np.full((len(rows), max(1, *map(len, labels))), -1, np.int64)  # (n, most labels of a clip), filled with -1
+        self.labels = np.full(
+            (len(rows), max(1, *map(len, labels))), -1, np.int64
+        )  # (n, most labels of a clip), filled with -1
         for i, own in enumerate(labels):
             self.labels[i, : len(own)] = own
         n_shards = len(self.stats["crc32"])
@@ -463,7 +505,7 @@ class FbankDataset(torch.utils.data.Dataset):
         for s in np.unique(shard):
             here = shard == s
             x.numpy()[here] = self.shards[s][place[here]]
-        return x, torch.from_numpy(self.frames[indices]), torch.from_numpy(self.labels[indices])
+        return (x, torch.from_numpy(self.frames[indices]), torch.from_numpy(self.labels[indices]))
 
     def weights(self):
         """Class-balanced sampling weights (n,): sum over a clip's labels of 1 / (count + 0.01), Section 3.2 and PSLA.
@@ -476,7 +518,9 @@ class FbankDataset(torch.utils.data.Dataset):
 def targets(labels, n_classes, task, smoothing=0.0):
     """Label indices (B, L), filled with -1 -> soft targets (B, C). Smoothing e: multi-label e/C and 1 - e; single-label
     e/C and 1 - e + e/C, which sums to 1 (UAVM; the paper smooths before mixing)."""
-    hot = torch.zeros(len(labels), n_classes + 1, device=labels.device).scatter_(1, labels % (n_classes + 1), 1.0)[:, :-1]
+    hot = torch.zeros(len(labels), n_classes + 1, device=labels.device).scatter_(1, labels % (n_classes + 1), 1.0)[
+        :, :-1
+    ]
     if not smoothing:
         return hot
     off = smoothing / n_classes
@@ -508,11 +552,17 @@ def draw(rng, size, n_clips, mixup=0.5, freq_mask=48, time_mask=192, n_frames=10
     shift: frames, uniform in [-10, 10]. noise: the clip's amplitude u / 10, u ~ U(0, 1).
     """
     f, t = (np.floor(rng.random(size) * w).astype(np.int64) for w in (freq_mask, time_mask))
-    f0, t0 = np.floor(rng.random(size) * (N_MELS - f)).astype(np.int64), np.floor(rng.random(size) * (n_frames - t)).astype(np.int64)
+    f0, t0 = (
+        np.floor(rng.random(size) * (N_MELS - f)).astype(np.int64),
+        np.floor(rng.random(size) * (n_frames - t)).astype(np.int64),
+    )
     return {
         "partner": rng.integers(n_clips, size=size),
         "lam": np.where(rng.random(size) < mixup, rng.beta(10, 10, size), 1.0).astype(np.float32),
-        **{"f0": f0, "f1": f0 + f, "t0": t0, "t1": t0 + t},
+        "f0": f0,
+        "f1": f0 + f,
+        "t0": t0,
+        "t1": t0 + t,
         "shift": rng.integers(-10, 11, size),
         "noise": rng.random(size, dtype=np.float32) / 10,
     }
@@ -543,13 +593,21 @@ def normalise(x, mean, std):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("dataset", choices=DATASETS)
-    p.add_argument("--root", type=pathlib.Path, help="where the raw data is (csv: the table itself); demo: where to write it")
+    p.add_argument(
+        "--root", type=pathlib.Path, help="where the raw data is (csv: the table itself); demo: where to write it"
+    )
     p.add_argument("--out", type=pathlib.Path, help="the prepared folder (default: data/DATASET)")
     p.add_argument("--workers", type=int, help="processes (default: one for each core)")
-    p.add_argument("--clip-seconds", type=float, help="seconds kept of each clip, shorter ones are padded (default: %(default)s)")
-    p.add_argument("--task", choices=["multi-label", "single-label"], help="csv: default multi-label if any clip has several labels")
+    p.add_argument(
+        "--clip-seconds", type=float, help="seconds kept of each clip, shorter ones are padded (default: %(default)s)"
+    )
+    p.add_argument(
+        "--task",
+        choices=["multi-label", "single-label"],
+        help="csv: default multi-label if any clip has several labels",
+    )
     a = p.parse_args()
-    out, seconds = a.out or pathlib.Path("data") / a.dataset, a.clip_seconds or DATASETS[a.dataset][0]
+    out, seconds = (a.out or pathlib.Path("data") / a.dataset, a.clip_seconds or DATASETS[a.dataset][0])
     if a.workers is not None and a.workers < 1:
         raise ValueError(f"--workers {a.workers}: give 1 or more")
     if a.dataset == "demo":
@@ -567,7 +625,15 @@ def main():
         "fsd50k": fsd50k,
         "csv": own_table,
     }[a.dataset](root.absolute())
-    prepare(out, a.dataset, classes, clips, a.task or (None if a.dataset == "csv" else task_of(a.dataset)), seconds, a.workers)
+    prepare(
+        out,
+        a.dataset,
+        classes,
+        clips,
+        a.task or (None if a.dataset == "csv" else task_of(a.dataset)),
+        seconds,
+        a.workers,
+    )
 
 
 def task_of(dataset):

@@ -27,7 +27,7 @@ set -euo pipefail
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit "$1"; }
 [ $# -eq 1 ] || usage 2
 HERE=$(cd "$(dirname "$0")" && pwd)
-PYTHON=${PYTHON:-python}
+PYTHON=${PYTHON:-$(command -v python || command -v python3)}
 case $1 in
   -h | --help) usage 0 ;;
   demo | esc10 | esc50 | fsd50k) NAME=$1 DATA=data/$1 ;;
@@ -66,7 +66,10 @@ train() { # MODEL [TEACHER...]: train a model, average its epochs, score it
   case $model in ast-*) kind=AST ;; esac
   for t in "$@"; do teachers+=("$(run_of "$t")/best.pt"); done
   add() { local v=${2:-}; [ -z "$v" ] || flags+=("$1" "$v"); }
-  eval "add --pretrained \"\${PRETRAINED_$kind:-}\"; add --lr \"\${LR_$kind:-}\"; add --batch-size \"\${BATCH_$kind:-}\""
+  local pretrained=PRETRAINED_$kind lr=LR_$kind batch=BATCH_$kind
+  add --pretrained "${!pretrained:-}"
+  add --lr "${!lr:-}"
+  add --batch-size "${!batch:-}"
   add --epochs "${EPOCHS:-}"
   [ "$fold" = none ] || add --fold "$fold"
   [ "${KEEP_EPOCHS:-0}" = 0 ] || flags+=(--keep-epochs)

@@ -1,0 +1,544 @@
+"""models.py: sizes, parity with Hugging Face and timm, foreign weights, heads, our own checkpoints, downloads."""
+
+import http.server
+import os
+import pathlib
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+import models
+
+ROOT = pathlib.Path(models.__file__).resolve().parent
+LITE0 = ROOT.parent / "shared" / "weights" / "tf_efficientnet_lite0-imagenet.pth"
+SMALL = "timm:mobilenetv3_small_050"
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other where other work keeps the cores busy
+
+
+def spectrograms(B=2, T=100, seed=0):
+    return torch.randn(B, T, 128, generator=torch.Generator().manual_seed(seed))
+
+
+def randomised(model, seed=0):
+    """The model with every parameter and statistic random, so that no two of them could be swapped unseen; in eval mode."""
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.copy_(torch.randn(p.shape, generator=g) * (0.4 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1) + (p.ndim == 1))
+        for name, b in model.named_buffers():
+            if "running" in name:
+                b.copy_(torch.rand(b.shape, generator=g) + 0.5)
+        for pool in model.modules():
+            if isinstance(pool, models.AttentionPool):
+                pool.weight.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    return model.eval()
+
+
+@torch.no_grad()
+def close(a, b, atol=1e-5):
+    torch.testing.assert_close(a, b, atol=atol, rtol=0)
+    assert a.std() > 20 * atol, "all but constant: this comparison shows nothing"
+
+
+# -------------------------------------------------------------------------------------------------------- Table 1, names
+
+
+def test_sizes_and_patches():
+    millions = {"ast-tiny": 5.7, "ast-small": 21.9, "ast-base": 86.3}
+    whole = {"efficientnet-b0": 4, "efficientnet-b2": 8, "efficientnet-b6": 41, "densenet-121": 7}
+    with torch.device("meta"):  # shapes without numbers: nothing is computed
+        for name in models.MODELS:
+            model = models.build_model(name, n_classes=200, n_frames=1000)
+            size = sum(p.numel() for p in model.parameters()) / 1e6
+            assert round(size, 1) == millions.get(name, round(size, 1)) and round(size) == whole.get(name, round(size)), name
+        for n_frames, patches in ((1000, 1188), (500, 588)):
+            ast = models.build_model("ast-tiny", 200, n_frames=n_frames)
+            assert ast.grid[0] * ast.grid[1] == patches and ast.v.pos_embed.shape == (1, 2 + patches, 192)
+            assert ast.v.patch_embed.proj(torch.zeros(1, 1, 128, n_frames)).shape[2:] == ast.grid
+
+
+def test_imagenet_tags_are_fixed_and_exist():
+    tags = {name: tag for name, (_, tag) in models.MODELS.items()}
+    assert tags == {
+        "ast-tiny": "deit_tiny_distilled_patch16_224.fb_in1k",
+        "ast-small": "deit_small_distilled_patch16_224.fb_in1k",
+        "ast-base": "deit_base_distilled_patch16_384.fb_in1k",
+        "efficientnet-b0": "efficientnet_b0.ra_in1k",
+        "efficientnet-b2": "efficientnet_b2.ra_in1k",
+        "efficientnet-b6": "tf_efficientnet_b6.aa_in1k",
+        "densenet-121": "densenet121.tv_in1k",
+        "hybrid-b0": "efficientnet_b0.ra_in1k",
+        "hybrid-b2": "efficientnet_b2.ra_in1k",
+    }
+    assert set(tags.values()) <= set(timm.list_pretrained())
+
+
+def test_unknown_and_unfit_models_are_refused():
+    for name in ("resnet", "ast-huge", "", "timm:", "timm:nothing_like_it", "timm:resnet10t.no_such_tag", "timm:vit_tiny_patch16_224"):
+        with pytest.raises(ValueError, match=f"'{name}'") as error:
+            models.build_model(name, 5, n_frames=100)
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="at least 16 frames"):
+        models.build_model("ast-tiny", 5, n_frames=15)
+    with pytest.raises(ValueError, match="built for 60 frames.* 70"):
+        models.build_model("ast-tiny", 5, n_frames=60)(spectrograms(1, 70))
+
+
+# ---------------------------------------------------------------------------------------------------------- Hugging Face
+
+
+@pytest.fixture(scope="module")
+def hugging_face(tmp_path_factory):
+    """(a random ASTForAudioClassification of AST-Tiny's shape, 100 frames, 7 classes; the folder it was saved to)."""
+    import transformers
+
+    config = transformers.ASTConfig(
+        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, max_length=100, num_labels=7
+    )
+    model = randomised(transformers.ASTForAudioClassification(config))
+    folder = tmp_path_factory.mktemp("hf")
+    model.save_pretrained(folder)
+    torch.save(model.state_dict(), folder / "state.pth")
+    return model, folder
+
+
+@pytest.mark.parametrize("file", [".", "model.safetensors", "state.pth"])
+def test_logits_equal_hugging_face(hugging_face, file):
+    theirs, folder = hugging_face
+    ours = models.build_model("ast-tiny", 7, n_frames=100, pretrained=folder / file).eval()
+    x = spectrograms()
+    close(ours(x), theirs(x).logits, atol=1e-4)
+
+
+def test_hugging_face_weights_of_another_length_and_class_count(hugging_face, capsys):
+    theirs, folder = hugging_face
+    ours = models.build_model("ast-tiny", 5, n_frames=60, pretrained=folder)
+    assert "positions 12x9 -> 12x5" in (said := capsys.readouterr().out) and "mlp_head is for other classes" in said
+    pos = theirs.state_dict()["audio_spectrogram_transformer.embeddings.position_embeddings"]
+    assert torch.equal(ours.v.pos_embed, models.resize_positions(pos, (12, 9), (12, 5)))
+
+
+def test_incomplete_hugging_face_weights_are_refused(hugging_face, tmp_path):
+    state = hugging_face[0].state_dict()
+    token = [k for k in state if k.endswith("cls_token")]
+    keys = [k for k in state if "layers.3.attention" in k and "k_proj" in k]  # weight and bias of one block
+    for lost, named in ((token, r"missing 1: v\.cls_token"), (keys, r"v\.blocks\.3\.attn\.qkv")):
+        assert lost
+        torch.save({k: v for k, v in state.items() if k not in lost}, tmp_path / "some.pth")
+        with pytest.raises(ValueError, match=named):
+            models.build_model("ast-tiny", 7, n_frames=100, pretrained=tmp_path / "some.pth")
+
+
+# --------------------------------------------------------------------------------------------------- the original release
+
+
+@pytest.fixture(scope="module")
+def ast():
+    return randomised(models.build_model("ast-tiny", 7, n_frames=100))
+
+
+def released(ast):
+    """The state dict as the original AST release writes it: through DataParallel, with DeiT's own two heads."""
+    junk = {f"module.v.{head}.{k}": torch.zeros(1000) for head in ("head", "head_dist") for k in ("weight", "bias")}
+    return {f"module.{k}": v for k, v in ast.state_dict().items()} | junk
+
+
+def test_original_release(ast, tmp_path, capsys):
+    torch.save(released(ast), tmp_path / "ast.pth")
+    ours = models.build_model("ast-tiny", 7, n_frames=100, pretrained=tmp_path / "ast.pth").eval()
+    x = spectrograms()
+    assert torch.equal(ours(x), ast(x)) and "other classes" not in capsys.readouterr().out
+
+
+def test_original_release_with_other_classes_and_length(ast, tmp_path, capsys):
+    torch.save(released(ast), tmp_path / "ast.pth")
+    torch.manual_seed(1)
+    fresh = models.build_model("ast-tiny", 9, n_frames=160)
+    torch.manual_seed(1)
+    ours = models.build_model("ast-tiny", 9, n_frames=160, pretrained=tmp_path / "ast.pth")
+    assert "mlp_head is for other classes: ours starts at its initialisation" in capsys.readouterr().out
+    assert all(torch.equal(ours.mlp_head.state_dict()[k], v) for k, v in fresh.mlp_head.state_dict().items())
+    assert torch.equal(ours.v.pos_embed, models.resize_positions(ast.v.pos_embed, (12, 9), (12, 15)))
+    blocks = ast.v.blocks.state_dict()
+    assert all(torch.equal(v, blocks[k]) for k, v in ours.v.blocks.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["ast-tiny", SMALL])
+def test_keys_that_do_not_fit_are_listed(name, tmp_path):
+    model = models.build_model(name, 7, n_frames=100)
+    state = model.state_dict()
+    first, second, *_ = [k for k in state if k.endswith("weight") and state[k].ndim == 4 or ".norm1.weight" in k]
+    for broken, says in (
+        (state | {f"{first}.more": torch.zeros(2)}, rf"does not fit {name}: unexpected 1: {first}.more"),
+        ({k: v for k, v in state.items() if k not in (first, second)}, rf"missing 2: {first}, {second}"),
+        (state | {second: torch.zeros(3, 5)}, rf"another shape 1: {second}"),
+    ):
+        before = {k: v.clone() for k, v in state.items()}
+        torch.save(broken, tmp_path / "broken.pth")
+        with pytest.raises(ValueError, match=says):
+            models.load_pretrained(model, tmp_path / "broken.pth")
+        assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())  # left as it was
+
+
+# ------------------------------------------------------------------------------------------------------------------ timm
+
+
+@pytest.mark.parametrize("tag", ["mobilenetv3_small_050", "resnet10t", "tf_efficientnet_lite0"])
+def test_timm_weights_give_timm_logits_on_a_grey_image(tag, tmp_path, capsys):
+    theirs = randomised(timm.create_model(tag, num_classes=11))
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    x = spectrograms()
+    grey = x.transpose(1, 2)[:, None].expand(-1, 3, -1, -1)  # (B, 3, F, T): the spectrogram on all three channels
+    ours = models.build_model(f"timm:{tag}", 11, n_frames=100, pretrained=tmp_path / "w.pth").eval()
+    close(ours(x), theirs(grey), atol=1e-4)
+    assert "other classes" not in capsys.readouterr().out
+    other = models.build_model(f"timm:{tag}", 3, n_frames=100, pretrained=tmp_path / "w.pth").eval()
+    assert "head is for other classes" in capsys.readouterr().out
+    assert torch.equal(other.features(x), ours.features(x)) and other(x).shape == (2, 3)
+
+
+@pytest.mark.skipif(not LITE0.exists(), reason=f"no weights at {LITE0}")
+def test_real_imagenet_weights():
+    theirs = timm.create_model("tf_efficientnet_lite0").eval()
+    theirs.load_state_dict(torch.load(LITE0, weights_only=True))
+    ours = models.build_model("timm:tf_efficientnet_lite0", 1000, n_frames=100, pretrained=LITE0).eval()
+    x = spectrograms()
+    grey = x.transpose(1, 2)[:, None].expand(-1, 3, -1, -1)
+    close(ours(x), theirs(grey), atol=1e-4)
+    close(ours.features(x), theirs.forward_features(grey).mean((2, 3)), atol=1e-4)
+    with pytest.raises(ValueError, match="does not fit ast-tiny: missing"):
+        models.build_model("ast-tiny", 5, n_frames=100, pretrained=LITE0)
+
+
+def test_hybrid_starts_from_the_weights_of_its_cnn(tmp_path, capsys):
+    theirs = randomised(timm.create_model("efficientnet_b0", num_classes=3))
+    torch.save(theirs.state_dict(), tmp_path / "w.pth")
+    ours = models.build_model("hybrid-b0", 3, n_frames=64, pretrained=tmp_path / "w.pth").eval()
+    x = spectrograms(1, 64)
+    assert "no attention head in it" in capsys.readouterr().out
+    close(ours.feature_map(x), theirs.forward_features(x.transpose(1, 2)[:, None].expand(-1, 3, -1, -1)), atol=1e-4)
+
+
+@torch.no_grad()
+def test_deit_weights(tmp_path, capsys):
+    theirs = randomised(timm.create_model("deit_tiny_distilled_patch16_224"))
+    nn.init.normal_(theirs.pos_embed, std=0.5)
+    assert theirs.state_dict()["head_dist.weight"].shape == (1000, 192)
+    torch.save(theirs.state_dict(), tmp_path / "deit.pth")
+    ours = models.build_model("ast-tiny", 1000, n_frames=300, pretrained=tmp_path / "deit.pth").eval()
+    assert "positions 14x14 -> 12x29" in (said := capsys.readouterr().out) and "no mlp_head in it" in said
+    grid = theirs.pos_embed[:, 2:].reshape(1, 14, 14, 192).permute(0, 3, 1, 2)[:, :, 1:13]  # 12 of 14 rows, from the centre
+    grid = nn.functional.interpolate(grid, (12, 29), mode="bilinear").flatten(2).transpose(1, 2)
+    pos = torch.cat([theirs.pos_embed[:, :2], grid], 1)
+    close(ours.v.pos_embed, pos, atol=1e-6)
+    assert torch.equal(pos, models.resize_positions(theirs.pos_embed, (14, 14), (12, 29)))
+    x = spectrograms(2, 300)
+    image = x.transpose(1, 2)[:, None].expand(-1, 3, -1, -1)
+    patches = nn.functional.conv2d(image, theirs.patch_embed.proj.weight, theirs.patch_embed.proj.bias, stride=10)
+    tokens = torch.cat([theirs.cls_token.expand(2, -1, -1), theirs.dist_token.expand(2, -1, -1), patches.flatten(2).mT], 1)
+    out = theirs.norm(theirs.blocks(tokens + pos))
+    close(ours.features(x), (out[:, 0] + out[:, 1]) / 2, atol=1e-3)
+
+
+def test_resize_positions():
+    pos = torch.randn(1, 2 + 12 * 9, 4)
+    grid = pos[:, 2:].reshape(12, 9, 4)
+    assert torch.equal(models.resize_positions(pos, (12, 9), (12, 9)), pos)
+    cut = models.resize_positions(pos, (12, 9), (12, 4))  # the AST release: from 9 // 2 - 4 // 2
+    assert torch.equal(cut[:, :2], pos[:, :2]) and torch.equal(cut[0, 2:].reshape(12, 4, 4), grid[:, 2:6])
+    assert torch.equal(models.resize_positions(pos, (12, 9), (7, 9))[0, 2:].reshape(7, 9, 4), grid[3:10])
+    longer = nn.functional.interpolate(grid.permute(2, 0, 1)[None], (12, 20), mode="bilinear")[0].permute(1, 2, 0)
+    close(models.resize_positions(pos, (12, 9), (12, 20))[0, 2:].reshape(12, 20, 4), longer, atol=1e-6)
+    both = nn.functional.interpolate(grid[3:10].permute(2, 0, 1)[None], (7, 20), mode="bilinear")[0].permute(1, 2, 0)
+    close(models.resize_positions(pos, (12, 9), (7, 20))[0, 2:].reshape(7, 20, 4), both, atol=1e-6)
+
+
+# ----------------------------------------------------------------------------------------------------------------- heads
+
+
+@pytest.mark.parametrize("name", ["ast-tiny", SMALL, "hybrid-b0"])
+def test_heads_and_gradients(name):
+    x = spectrograms(2, 64)
+    for kd_head in (False, True):
+        model = randomised(models.build_model(name, 3, n_frames=64, kd_head=kd_head))
+        logits, kd_logits = model(x, both=True)
+        assert model(x).shape == logits.shape == (2, 3) and model.features(x).ndim == 2
+        if kd_head:
+            close(model(x), (logits + kd_logits) / 2, atol=1e-6)
+            assert (logits - kd_logits).abs().min() > 1e-5
+        else:
+            assert kd_logits is logits and torch.equal(model(x), logits)
+        logits, kd_logits = model.train()(x, both=True)  # DDP needs a gradient for every parameter
+        (logits.square().sum() + kd_logits.square().sum()).backward()
+        without = [k for k, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()]
+        assert not without, without
+
+
+@torch.no_grad()
+def test_ast_heads_read_one_token_each():
+    model = randomised(models.build_model("ast-tiny", 3, n_frames=64, kd_head=True))
+    x = spectrograms(2, 64)
+    cls, dist = model.tokens(x)
+    logits, kd_logits = model(x, both=True)
+    close(logits, model.mlp_head(cls), atol=1e-6)
+    close(kd_logits, model.kd_head(dist), atol=1e-6)
+    close(model.features(x), (cls + dist) / 2, atol=1e-6)
+    assert (cls - dist).abs().mean() > 1e-3
+    model.v.dist_token += 1  # reaches the class token through attention, and the distillation token directly
+    moved = [(a - b).abs().mean() for a, b in zip(model(x, both=True), (logits, kd_logits))]
+    assert moved[1] > moved[0] > 0
+
+
+@torch.no_grad()
+def test_cnn_pools_the_mean_of_its_last_map():
+    model = randomised(models.build_model(SMALL, 3, n_frames=100, kd_head=True))
+    x = spectrograms()
+    z = model.feature_map(x).mean((2, 3))
+    assert z.shape == (2, model.backbone.head_hidden_size)
+    close(model.features(x), z, atol=1e-6)
+    logits, kd_logits = model(x, both=True)
+    close(logits, z @ model.head.weight.T + model.head.bias)
+    close(kd_logits, z @ model.kd_head.weight.T + model.kd_head.bias)
+
+
+@torch.no_grad()
+def test_attention_pooling_by_hand():
+    pool, (B, T, d, C) = models.AttentionPool(6, 3), (2, 5, 6, 3)
+    assert pool.weight.tolist() == [0.25] * 4
+    pool.weight.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
+    x = torch.randn(B, T, d) * 2
+    att, cla = (
+        1 / (1 + np.exp(-(x.double().numpy() @ m.weight.double().numpy().T + m.bias.double().numpy()))) for m in (pool.att, pool.cla)
+    )
+    logits = pool(x)
+    for b in range(B):
+        for c in range(C):
+            p = 0
+            for h in range(4):  # head h holds outputs h C .. h C + C - 1
+                a, s = att[b, :, h * C + c], cla[b, :, h * C + c]
+                p += float(pool.weight[h]) * (a / a.sum() * s).sum()
+            assert abs(logits[b, c].item() - np.log(p / (1 - p))) < 1e-4
+    close(pool.double()(x.double()), logits.double(), atol=1e-4)
+
+
+def test_hybrid_pools_frequency_by_mean_and_time_by_attention():
+    model = randomised(models.build_model("hybrid-b0", 3, n_frames=100))
+    x = spectrograms()
+    with torch.no_grad():
+        z = model.feature_map(x)  # (B, d, F / 32, T / 32)
+        assert z.shape == (2, 1280, 4, 4)
+        close(model(x), model.head(z.mean(2).mT), atol=1e-6)
+        nn.init.normal_(model.head.att.weight, std=0.1)
+        nn.init.normal_(model.head.cla.weight, std=0.1)
+        z = torch.randn(2, 1280, 4, 4, generator=torch.Generator().manual_seed(1))
+        model.feature_map = lambda x: z
+        close(model(x), model.head(z.mean(2).mT))
+        assert (model(x) - model.head(z.mean(3).mT)).abs().max() > 0.1
+        del model.feature_map
+    for scale in (1.0, 1e4):
+        for autocast in (False, True):
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                logits = model(x * scale)
+            nn.functional.binary_cross_entropy_with_logits(logits, torch.ones_like(logits)).backward()
+            assert logits.dtype == torch.float32 and logits.isfinite().all()
+            assert all(p.grad.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("size", [1e3, -1e3])
+def test_attention_pooling_stays_finite(size):
+    """Where every sigmoid is 0 or 1, in float32 and from bfloat16 features, there are still finite logits and gradients."""
+    for sign in (1, -1):
+        pool = models.AttentionPool(4, 2)
+        nn.init.constant_(pool.att.weight, size)
+        nn.init.constant_(pool.cla.weight, size * sign)
+        for x in (torch.ones(1, 3, 4), torch.ones(1, 3, 4, dtype=torch.bfloat16)):
+            x.requires_grad_()
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = pool(x)
+            assert logits.isfinite().all() and (logits.abs() > 10).all() and torch.all(logits.sign() == np.sign(size) * sign)
+            logits.sum().backward()
+            assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in pool.parameters())
+
+
+# ------------------------------------------------------------------------------------------------------- our checkpoints
+
+
+META = {"classes": ["a", "b", "c"], "mean": -4.5, "std": 3.25, "n_frames": 64, "sample_rate": 16000}
+META |= {"task": "multi-label", "data": "data/x", "args": {"lr": 1e-3}}
+
+
+class Wrapped(nn.Module):  # as DistributedDataParallel does it
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args, **kwargs):
+        return self.module(*args, **kwargs)
+
+
+@pytest.mark.parametrize(("name", "kd_head"), [("ast-tiny", True), (SMALL, False), (SMALL, True), ("hybrid-b0", False)])
+def test_checkpoint_round_trip(name, kd_head, tmp_path):
+    model = randomised(models.build_model(name, 3, n_frames=64, kd_head=kd_head))
+    models.save_checkpoint(tmp_path / "new" / "m.pt", model.train(), **META)
+    loaded, meta = models.load_checkpoint(tmp_path / "new" / "m.pt")
+    assert not loaded.training and all(p.device.type == "cpu" for p in loaded.parameters())
+    x = spectrograms(2, 64)
+    assert torch.equal(loaded(x), model.eval()(x))
+    assert all(torch.equal(a, b) for a, b in zip(loaded(x, both=True), model(x, both=True)))
+    assert {k: meta[k] for k in META} == META
+    assert meta["model"] == {"name": name, "n_classes": 3, "n_frames": 64, "kd_head": kd_head}
+    plain = torch.load(tmp_path / "new" / "m.pt", weights_only=True)
+    assert plain["mean"] == -4.5 and set(plain["state"]) == set(model.state_dict())
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["m.pt"]
+
+
+def test_checkpoints_hold_no_prefixes(tmp_path):
+    model = randomised(models.build_model(SMALL, 3, n_frames=64))
+    names, x = set(model.state_dict()), spectrograms(1, 64)
+    wrappers = [Wrapped, torch.compile, lambda m: Wrapped(torch.compile(m)), lambda m: torch.compile(Wrapped(m))]
+    for i, wrap in enumerate(wrappers):
+        models.save_checkpoint(tmp_path / f"{i}.pt", wrap(model), **META)
+        assert set(torch.load(tmp_path / f"{i}.pt", weights_only=True)["state"]) == names
+        assert torch.equal(models.load_checkpoint(tmp_path / f"{i}.pt")[0](x), model(x))
+    model.compile()  # in place
+    models.save_checkpoint(tmp_path / "in-place.pt", model, **META)
+    assert set(torch.load(tmp_path / "in-place.pt", weights_only=True)["state"]) == names
+
+
+def test_weights_kept_aside_do_not_follow_training():
+    model = models.build_model(SMALL, 3, n_frames=64)
+    kept = models.plain_state(model)
+    before = {k: v.clone() for k, v in kept.items()}
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 1
+    assert all(torch.equal(v, before[k]) for k, v in kept.items()) and not any(v.requires_grad for v in kept.values())
+
+
+def test_own_checkpoint_as_a_start(ast, tmp_path, capsys):
+    models.save_checkpoint(tmp_path / "ast.pt", ast, **META)
+    same = models.build_model("ast-tiny", 7, n_frames=100, pretrained=tmp_path / "ast.pt").eval()
+    assert torch.equal(same(spectrograms()), ast(spectrograms())) and "initialisation" not in capsys.readouterr().out
+    other = models.build_model("ast-tiny", 4, n_frames=64, pretrained=tmp_path / "ast.pt", kd_head=True)
+    said = capsys.readouterr().out
+    assert "mlp_head is for other classes" in said and "no kd_head in it" in said and "positions 12x9 -> 12x5" in said
+    assert torch.equal(other.v.norm.weight, ast.v.norm.weight) and other(spectrograms(1, 64)).shape == (1, 4)
+    cnn = randomised(models.build_model(SMALL, 3, n_frames=100, kd_head=True))
+    models.save_checkpoint(tmp_path / "cnn.pt", cnn, **META)
+    other = models.build_model(SMALL, 3, n_frames=64, pretrained=tmp_path / "cnn.pt").eval()
+    assert "kd_head was left out" in capsys.readouterr().out
+    assert torch.equal(other(spectrograms()), cnn(spectrograms(), both=True)[0])
+    with pytest.raises(ValueError, match="does not fit ast-tiny: missing"):
+        models.build_model("ast-tiny", 3, n_frames=64, pretrained=tmp_path / "cnn.pt")
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "m.pt"
+    path.write_bytes(b"old")
+
+    def fails(temporary):
+        temporary.write_bytes(b"half of the new")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        models.atomic_write(path, fails)
+    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match="disk full"):
+        models.atomic_write(tmp_path / "none.pt", fails)
+    models.atomic_write(path, lambda temporary: temporary.write_bytes(b"new"))
+    assert path.read_bytes() == b"new" and list(tmp_path.iterdir()) == [path]
+
+
+def test_files_that_cannot_be_used_are_named(tmp_path):
+    model = models.build_model(SMALL, 3, n_frames=64)
+    models.save_checkpoint(tmp_path / "good.pt", model, **META)
+    whole = (tmp_path / "good.pt").read_bytes()
+    file = torch.load(tmp_path / "good.pt", weights_only=True)
+    for name, content in (("cut.pt", whole[: len(whole) // 2]), ("stub.pt", whole[:100]), ("empty.pt", b""), ("text.pt", b"hello\n")):
+        (tmp_path / name).write_bytes(content)
+    torch.save(file | {"format": 99}, tmp_path / "later.pt")
+    torch.save(file["state"], tmp_path / "foreign.pt")
+    torch.save({"epoch": 3}, tmp_path / "numbers.pt")
+    torch.save(file | {"state": {k: v for k, v in file["state"].items() if "head" not in k}}, tmp_path / "headless.pt")
+    torch.save(pathlib.PurePosixPath("x"), tmp_path / "object.pt")
+    save_file({"a": torch.zeros(3)}, tmp_path / "a.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "a.safetensors").read_bytes()[:-5])
+    (tmp_path / "text.safetensors").write_bytes(b"hello\n")
+    (tmp_path / "folder").mkdir()
+
+    def refused(function, name, error=ValueError):
+        with pytest.raises(error, match=name) as caught:
+            function(tmp_path / name)
+        assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
+
+    for name in ("cut.pt", "stub.pt", "empty.pt", "text.pt", "later.pt", "foreign.pt", "numbers.pt", "headless.pt", "object.pt"):
+        refused(models.load_checkpoint, name)
+    refused(models.load_checkpoint, "none.pt", FileNotFoundError)
+    for name in ("cut.pt", "stub.pt", "empty.pt", "text.pt", "numbers.pt", "object.pt", "cut.safetensors", "text.safetensors"):
+        refused(lambda path: models.load_pretrained(model, path), name)
+    refused(lambda path: models.load_pretrained(model, path), "a.safetensors")
+    for name in ("none.pt", "folder"):
+        refused(lambda path: models.load_pretrained(model, path), name, FileNotFoundError)
+
+
+# ------------------------------------------------------------------------------------------- ImageNet weights from the hub
+
+
+def in_a_process(expression, home, **env):
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))} | {"HF_HOME": str(home)} | env
+    code = f"import models\nmodels.command_line(lambda: {expression})"
+    line = [sys.executable, "-c", code]
+    return subprocess.run(line, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_imagenet_weights_without_a_network_are_an_error_with_a_way_out(tmp_path):
+    run = in_a_process(f"models.build_model({SMALL!r}, 3, n_frames=64, pretrained=True)", tmp_path, HF_HUB_OFFLINE="1")
+    assert run.returncode == 1 and "Traceback" not in run.stderr
+    [error] = [line for line in run.stderr.splitlines() if line.startswith("error: ")]
+    assert "--pretrained PATH" in error and "--pretrained no" in error and "mobilenetv3_small_050" in error
+
+
+def test_imagenet_weights_come_from_the_hub(tmp_path):
+    tag = "mobilenetv3_small_050.lamb_in1k"
+    theirs = randomised(timm.create_model(tag))
+    save_file(theirs.state_dict(), tmp_path / "model.safetensors")
+    body = (tmp_path / "model.safetensors").read_bytes()
+
+    class Hub(http.server.BaseHTTPRequestHandler):
+        def do_HEAD(self, get=False):
+            found = self.path == f"/timm/{tag}/resolve/main/model.safetensors"
+            self.send_response(200 if found else 404)
+            self.send_header("ETag", '"0123456789abcdef"')
+            self.send_header("X-Repo-Commit", "f" * 40)
+            self.send_header("Content-Length", str(len(body) if found else 0))
+            self.end_headers()
+            if get and found:
+                self.wfile.write(body)
+
+        def do_GET(self):
+            self.do_HEAD(get=True)
+
+        def log_message(self, *args):
+            pass
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        build = f"models.build_model('timm:{tag}', 1000, n_frames=64, pretrained=True)"
+        code = f"models.save_checkpoint({str(tmp_path / 'm.pt')!r}, {build})"
+        run = in_a_process(code, tmp_path / "home", HF_ENDPOINT=f"http://127.0.0.1:{server.server_port}")
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert run.returncode == 0, run.stderr
+    assert f"ImageNet weights {tag}" in run.stdout
+    ours, x = models.load_checkpoint(tmp_path / "m.pt")[0], spectrograms(2, 64)
+    close(ours(x), theirs(x.transpose(1, 2)[:, None].expand(-1, 3, -1, -1)), atol=1e-4)

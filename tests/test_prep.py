@@ -1,0 +1,663 @@
+"""prep_data.py: fbank against torchaudio, decoding, the four sources, resumption, the reader, and the augmentations."""
+
+import csv
+import json
+import math
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import torchaudio
+from torchaudio.compliance import kaldi
+
+import prep_data
+
+ROOT = pathlib.Path(prep_data.__file__).resolve().parent
+DATA = ROOT.parent / "shared" / "data"
+ESC = DATA / "ESC-50"
+needs_esc = pytest.mark.skipif(not (ESC / "meta" / "esc50.csv").exists(), reason=f"no ESC-50 at {ESC}")
+SHARD = 8  # of the small folders made here
+torch.set_num_threads(1)  # tiny tensors: threads only wait for each other where other work keeps the cores busy
+
+
+def reference(x, rate=16000):
+    """torchaudio's fbank of (samples,) at any rate."""
+    x = torchaudio.functional.resample(torch.as_tensor(x, dtype=torch.float32), rate, 16000)
+    return kaldi.fbank(
+        x[None],
+        htk_compat=True,
+        sample_frequency=16000,
+        use_energy=False,
+        window_type="hanning",
+        num_mel_bins=128,
+        dither=0.0,
+        frame_shift=10,
+    )
+
+
+def read(path):
+    with open(path, newline="") as f:
+        return list(csv.DictReader(f))
+
+
+def write(path, *lines):
+    path.write_text("".join(line + "\n" for line in lines))
+    return path
+
+
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
+def main(monkeypatch, *args):
+    """The command line in this process (its errors are exceptions here)."""
+    monkeypatch.setattr(sys, "argv", ["prep_data.py", *map(str, args)])
+    prep_data.main()
+
+
+def command(*args):
+    """The command line as a user runs it."""
+    line = [sys.executable, "prep_data.py", *map(str, args)]
+    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def one_error(run):
+    """The single 'error:' line of a run that failed without a traceback."""
+    assert run.returncode != 0 and "Traceback" not in run.stderr, run.stderr
+    lines = run.stderr.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), run.stderr
+    return lines[0]
+
+
+# --------------------------------------------------------------------------------------------------------------- fbank
+
+
+def test_fbank_equals_torchaudio():
+    g = torch.Generator().manual_seed(0)
+    noise = torch.rand(16000, generator=g) * 2 - 1
+    offset = 0.3 + 0.1 * torch.sin(2 * math.pi * 440 * torch.arange(8000) / 16000)
+    short = [noise[:400], noise[:559], noise[:560], noise[:561]]
+    for x in (noise, 1e-3 * noise, offset, torch.zeros(4000), torch.full((4000,), 0.5), *short):
+        ours, theirs = prep_data.fbank(x), reference(x)
+        assert ours.shape == theirs.shape and ours.dtype == torch.float32
+        torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
+    assert prep_data.fbank(noise.repeat(10)).shape == (998, 128)
+    assert torch.all(prep_data.fbank(torch.zeros(4000)) == prep_data.FLOOR)
+    assert prep_data.fbank(noise[:399]).shape == (0, 128) and prep_data.fbank(noise[:0]).shape == (0, 128)
+    torch.testing.assert_close(prep_data.fbank(noise.numpy(), 44100), reference(noise, 44100), atol=2e-3, rtol=0)
+
+
+@needs_esc
+def test_esc10_cache_equals_torchaudio(tmp_path, monkeypatch):
+    main(monkeypatch, "esc10", "--root", ESC, "--out", tmp_path / "esc10", "--workers", 2)
+    rows = read(tmp_path / "esc10" / "clips.csv")
+    shard = np.load(tmp_path / "esc10" / "fbank-00000.npy")
+    stats = json.loads((tmp_path / "esc10" / "stats.json").read_text())
+    assert shard.dtype == np.float16 and shard.shape == (400, 500, 128) and [int(r["row"]) for r in rows] == list(range(400))
+    assert (stats["task"], stats["n_frames"], stats["n_mels"], stats["sample_rate"]) == ("single-label", 500, 128, 16000)
+    official = {r["filename"]: r for r in read(ESC / "meta" / "esc50.csv") if r["esc10"] == "True"}
+    names = [r["display_name"] for r in read(tmp_path / "esc10" / "classes.csv")]
+    worst = 0.0
+    for x, r in zip(shard, rows):
+        audio, rate = soundfile.read(ESC / "audio" / r["id"], dtype="float32")
+        expected, n = reference(audio, rate), int(r["n_frames"])
+        assert n == len(expected) and not x[n:].any()
+        own = x[:n].astype(np.float64)
+        worst = max(worst, np.abs(own - expected.numpy()).max())
+        assert abs(own.mean() - float(r["mean"])) < 1e-6 and abs(own.var() - float(r["var"])) < 1e-6
+        clip = official.pop(r["id"])
+        assert (r["fold"], names[int(r["labels"])], r["split"]) == (clip["fold"], clip["category"], "")
+    assert not official and worst < 0.008
+
+
+# ------------------------------------------------------------------------------------------------------------ decoding
+
+
+def partials(rate, seconds=1.0):
+    """48 sines from 150 to 3000 Hz, the same sound at any rate: (samples,) with peak below 0.4."""
+    rng = np.random.default_rng(3)
+    t = np.arange(round(rate * seconds)) / rate
+    return 0.02 * np.sin(2 * np.pi * rng.uniform(150, 3000, 48) * t[:, None] + rng.uniform(0, 6.28, 48)).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("ending", "subtype", "rate", "gains", "tolerance"),
+    [
+        ("wav", "PCM_16", 16000, [1], 0.01),
+        ("wav", "PCM_24", 48000, [0.4, 1.6], 0.01),
+        ("wav", "FLOAT", 44100, [0.2, 0.8, 2.0], 0.01),
+        ("wav", "PCM_U8", 22050, [1], 0.1),
+        ("wav", "PCM_16", 8000, [1.5, 0.5], 0.03),
+        ("wav", "PCM_16", 11025, [1], 0.03),
+        ("flac", "PCM_16", 32000, [0.4, 1.6], 0.01),
+        ("ogg", "VORBIS", 44100, [1.3, 0.7], 0.2),
+        ("mp3", "MPEG_LAYER_III", 44100, [1.3, 0.7], 0.2),
+        ("mp3", "MPEG_LAYER_III", 16000, [1], 0.2),
+    ],
+)
+def test_every_format_gives_the_same_sound(tmp_path, ending, subtype, rate, gains, tolerance):
+    path = tmp_path / f"a.{ending}"
+    soundfile.write(path, partials(rate)[:, None] * np.array(gains), rate, subtype=subtype)
+    x = prep_data.load_audio(path, 1)
+    assert x.dtype == torch.float32 and 15000 < len(x) <= 16000
+    ours, expected = prep_data.fbank(x)[5:85], prep_data.fbank(partials(16000))[5:85]
+    if ending == "mp3":  # some encoders shift the sound by a few ms: compare what does not depend on it
+        ours, expected = ours.exp().mean(0, keepdim=True).log(), expected.exp().mean(0, keepdim=True).log()
+    loud = expected > expected.max() - 6
+    assert loud.float().mean() > 0.2 and (ours - expected)[loud].abs().mean() < tolerance
+
+
+def test_only_the_first_seconds_are_kept_as_if_all_were_resampled(tmp_path):
+    rng = np.random.default_rng(0)
+    for rate in (8000, 16000, 44100):
+        x = rng.uniform(-0.5, 0.5, 3 * rate).astype(np.float32)
+        soundfile.write(tmp_path / "long.wav", x, rate, subtype="FLOAT")
+        whole = torchaudio.functional.resample(torch.from_numpy(x), rate, 16000)
+        cut = prep_data.load_audio(tmp_path / "long.wav", 1.25)
+        assert cut.shape == (20000,)
+        torch.testing.assert_close(cut, whole[:20000], atol=1e-5, rtol=0)
+        assert len(prep_data.load_audio(tmp_path / "long.wav", 10)) == 48000
+
+
+@pytest.mark.skipif(not (DATA / "ogg-44k").exists(), reason=f"no ogg files at {DATA / 'ogg-44k'}")
+def test_published_ogg_files_through_the_csv_command(tmp_path):
+    paths = sorted((DATA / "ogg-44k").glob("*.ogg"))
+    table = write(tmp_path / "clips.csv", "path,labels", *(f"{p},{'ab'[i % 2]}" for i, p in enumerate(paths)))
+    run = command("csv", "--root", table, "--out", tmp_path / "out", "--clip-seconds", 3, "--workers", 2)
+    assert run.returncode == 0 and "80/10/10" in run.stdout, run.stderr
+    rows, shard = read(tmp_path / "out" / "clips.csv"), np.load(tmp_path / "out" / "fbank-00000.npy")
+    assert len(rows) == 20 and shard.shape == (20, 300, 128)
+    assert sorted(r["split"] for r in rows) == ["eval"] * 2 + ["train"] * 16 + ["val"] * 2
+    for x, r in zip(shard, rows):
+        audio, rate = soundfile.read(r["path"], dtype="float32", always_2d=True)
+        expected = reference(torchaudio.functional.resample(torch.from_numpy(audio.mean(1)), rate, 16000)[:48000])
+        assert rate == 44100 and int(r["n_frames"]) == 298 and not x[298:].any()
+        error = np.abs(x[:298] - expected.numpy())
+        assert error.mean() < 0.004 and error.max() < 0.2  # the largest in cells next to silence
+
+
+# ----------------------------------------------------------------------------------------------------- anybody's table
+
+
+def test_table_labels_paths_and_splits(tmp_path):
+    table = write(
+        tmp_path / "t.csv",
+        "path,labels,split,fold",
+        "a.wav, dog ;cat,Train,",
+        f"{tmp_path}/else/b.wav,dog;dog,valid,",
+        "sub/c.wav,,validation,",
+        "d.wav,zebra,TEST,",
+        "e.wav,cat,eval,",
+    )
+    classes, clips = prep_data.own_table(table)
+    assert classes == [("", "cat"), ("", "dog"), ("", "zebra")]
+    assert [(str(c[1]), *c[2:]) for c in clips] == [
+        (f"{tmp_path}/a.wav", "train", "", [0, 1]),
+        (f"{tmp_path}/else/b.wav", "val", "", [1]),
+        (f"{tmp_path}/sub/c.wav", "val", "", []),
+        (f"{tmp_path}/d.wav", "eval", "", [2]),
+        (f"{tmp_path}/e.wav", "eval", "", [0]),
+    ]
+
+
+def test_task_is_detected_or_given(tmp_path, monkeypatch):
+    for name in "abcd":
+        soundfile.write(tmp_path / f"{name}.wav", partials(16000, 0.3), 16000)
+    rows = ["b.wav,two,train", "c.wav,one,eval", "d.wav,two,eval"]
+    one = write(tmp_path / "one.csv", "path,labels,split", "a.wav,one,train", *rows)
+    several = write(tmp_path / "several.csv", "path,labels,split", "a.wav,one;two,train", *rows)
+
+    def task(name, *args):
+        main(monkeypatch, "csv", "--out", tmp_path / name, "--workers", 1, "--clip-seconds", 0.5, *args)
+        ds = prep_data.FbankDataset(tmp_path / name, "train")
+        return ds.task, ds.n_frames, len(read(tmp_path / name / "clips.csv"))
+
+    assert task("one", "--root", one) == ("single-label", 50, 4)
+    assert task("several", "--root", several) == ("multi-label", 50, 4)
+    assert task("asked", "--root", one, "--task", "multi-label") == ("multi-label", 50, 4)
+    with pytest.raises(ValueError, match="single-label.*'a.wav' has 2 labels"):
+        task("refused", "--root", several, "--task", "single-label")
+    assert not (tmp_path / "refused").exists()
+
+
+def test_made_split_is_stratified_and_reproducible(tmp_path, capsys):
+    rng = np.random.default_rng(0)
+    lines = [f"{i}.wav,{';'.join(rng.choice(list('abcdefgh'), rng.integers(1, 4), replace=False))}" for i in range(400)]
+    lines += [f"r{i}.wav,rare" for i in range(10)]
+    table = write(tmp_path / "t.csv", "path,labels", *lines)
+    classes, clips = prep_data.own_table(table)
+    assert "80/10/10" in capsys.readouterr().out
+    assert clips == prep_data.own_table(table)[1] and clips != prep_data.own_table(table, seed=1)[1]
+    splits = np.array([c[2] for c in clips])
+    has = np.array([[k in c[4] for k in range(len(classes))] for c in clips])
+    for split, share in (("train", 0.8), ("val", 0.1), ("eval", 0.1)):
+        assert abs((splits == split).mean() - share) < 0.02
+        per_class = has[splits == split].sum(0)
+        assert np.all(np.abs(per_class - share * has.sum(0)) < 2.5 + 0.02 * has.sum(0)), (split, per_class)
+    assert [(splits[400:] == s).sum() for s in ("train", "val", "eval")] == [8, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        (["file,labels", "a.wav,x"], r"bad\.csv has no column 'path'"),
+        (["path,tags", "a.wav,x"], r"bad\.csv has no column 'labels'"),
+        (["path,labels"], r"bad\.csv has no rows"),
+        (["path,labels,split", "a.wav,x,train", "b.wav,x,dev"], r"bad\.csv line 3: unknown split 'dev'"),
+        (["path,labels,fold", "a.wav,x,1", "b.wav,x,2.5"], r"bad\.csv line 3: fold '2\.5'"),
+        (["path,labels,fold", "a.wav,x,1", "b.wav,x,1"], r"fold 1"),
+        (["path,labels", "a.wav,x", "b.wav,x", "a.wav,y"], r"bad\.csv line 4: 'a\.wav'.* line 2"),
+        (["path,labels,split", "a.wav,x,train", "b.wav,x,eval", "c.wav,x,"], r"bad\.csv line 4: no split"),
+        (["path,labels,fold", "a.wav,x,", "b.wav,x,1"], r"bad\.csv line 2: no fold"),
+        (["path,labels", "a.wav,x", "b.wav"], r"bad\.csv line 3"),
+        (["path,labels,split", "a.wav,x,val", "b.wav,x,eval"], "no clip has split 'train'"),
+        (["path,labels,split", "a.wav,x,val", "b.wav,x,train"], "no clip has split 'eval'"),
+    ],
+)
+def test_a_bad_table_is_refused_before_any_audio_is_read(tmp_path, monkeypatch, lines, says):
+    monkeypatch.setattr(prep_data.concurrent.futures, "ProcessPoolExecutor", lambda *a, **k: pytest.fail("audio was read"))
+    table = write(tmp_path / "bad.csv", *lines)
+    with pytest.raises(ValueError, match=says) as error:
+        main(monkeypatch, "csv", "--root", table, "--out", tmp_path / "out")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------ ESC-50, FSD50K, flags
+
+
+def test_esc_layout(tmp_path):
+    (tmp_path / "meta").mkdir()
+    (tmp_path / "audio").mkdir()
+    lines = []
+    for i, (target, name) in enumerate([(0, "dog"), (14, "birds"), (40, "helicopter"), (1, "rooster")] * 2):
+        soundfile.write(tmp_path / "audio" / f"{i}.wav", partials(16000, 0.5 + i / 10), 16000)
+        lines.append(f"{i}.wav,{1 + i // 4},{target},{name},{name in ('dog', 'rooster', 'helicopter')},s,A")
+    write(tmp_path / "meta" / "esc50.csv", "filename,fold,target,category,esc10,src_file,take", *lines)
+    run = command("esc10", "--root", tmp_path, "--out", tmp_path / "out", "--workers", 1)
+    assert run.returncode == 0, run.stderr
+    rows = read(tmp_path / "out" / "clips.csv")
+    assert [r["display_name"] for r in read(tmp_path / "out" / "classes.csv")] == ["dog", "rooster", "helicopter"]
+    assert [(r["id"], r["fold"], r["labels"], r["split"]) for r in rows] == [
+        (f"{i}.wav", str(1 + i // 4), str(k), "") for i, k in [(0, 0), (2, 2), (3, 1), (4, 0), (6, 2), (7, 1)]
+    ]
+    assert [int(r["n_frames"]) for r in rows] == [48 + 10 * i for i in (0, 2, 3, 4, 6, 7)]
+    train, test = (prep_data.FbankDataset(tmp_path / "out", s, fold=2) for s in ("train", "eval"))
+    assert (train.task, train.n_frames, train.has_val) == ("single-label", 500, False)
+    assert train.ids == ("0.wav", "2.wav", "3.wav") and test.ids == ("4.wav", "6.wav", "7.wav")
+    classes, clips = prep_data.esc(tmp_path, ten=False)
+    assert [name for _, name in classes] == ["dog", "rooster", "birds", "helicopter"] and len(clips) == 8
+
+
+def test_fsd50k_layout(tmp_path):
+    truth = tmp_path / "FSD50K.ground_truth"
+    for folder in ("FSD50K.dev_audio", "FSD50K.eval_audio", "FSD50K.ground_truth"):
+        (tmp_path / folder).mkdir()
+    for part, name in (("dev", 11), ("dev", 12), ("dev", 13), ("eval", 21), ("eval", 22)):
+        soundfile.write(tmp_path / f"FSD50K.{part}_audio" / f"{name}.wav", partials(44100, 0.5), 44100)
+    write(truth / "vocabulary.csv", "0,Bark,/m/b", "1,Dog,/m/d", "2,Music,/m/m")
+    write(
+        truth / "dev.csv",
+        "fname,labels,mids,split",
+        '11,"Dog,Bark","/m/d,/m/b",train',
+        "12,Music,/m/m,val",
+        "13,Music,/m/m,train",
+    )
+    write(truth / "eval.csv", "fname,labels,mids", '21,"Bark,Dog","/m/b,/m/d"', "22,Music,/m/m")
+    run = command("fsd50k", "--root", tmp_path, "--out", tmp_path / "out", "--workers", 1)
+    assert run.returncode == 0, run.stderr
+    assert [(r["index"], r["mid"], r["display_name"]) for r in read(tmp_path / "out" / "classes.csv")] == [
+        ("0", "/m/b", "Bark"),
+        ("1", "/m/d", "Dog"),
+        ("2", "/m/m", "Music"),
+    ]
+    assert [(r["id"], r["split"], r["fold"], r["labels"], r["n_frames"]) for r in read(tmp_path / "out" / "clips.csv")] == [
+        ("11", "train", "", "0;1", "48"),
+        ("12", "val", "", "2", "48"),
+        ("13", "train", "", "2", "48"),
+        ("21", "eval", "", "0;1", "48"),
+        ("22", "eval", "", "2", "48"),
+    ]
+    ds = prep_data.FbankDataset(tmp_path / "out", "train")
+    assert (ds.task, ds.n_frames, ds.has_val, ds.classes) == ("multi-label", 1000, True, ["Bark", "Dog", "Music"])
+    write(truth / "eval.csv", "fname,labels,mids", "21,Bark,/m/b", "22,Owl,/m/owl")
+    with pytest.raises(ValueError, match=r"eval\.csv line 3.*/m/owl.*vocabulary"):
+        prep_data.fsd50k(tmp_path)
+
+
+def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys):
+    assert str(tmp_path / "nowhere") in one_error(command("esc50", "--root", tmp_path / "nowhere", "--out", tmp_path / "out"))
+    for args, says in (
+        (["fsd50k", "--root", tmp_path], r"dev\.csv is missing.*--root"),
+        (["esc10", "--root", tmp_path], r"esc50\.csv is missing.*--root"),
+        (["esc50"], "needs --root"),
+        (["demo", "--workers", 0], "--workers 0"),
+    ):
+        with pytest.raises((ValueError, OSError), match=says):
+            main(monkeypatch, *args, "--out", tmp_path / "out")
+    with pytest.raises(SystemExit) as leaves:
+        main(monkeypatch, "esc51", "--root", tmp_path)
+    assert leaves.value.code == 2 and "invalid choice: 'esc51'" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+# ------------------------------------------------------------------------------- a small folder; bytes and interruption
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """(table, prepared folder, what was printed): 26 clips of 0.3 to 1.3 s, kept to 1 s, 3 folds, 4 shards, one broken."""
+    root = tmp_path_factory.mktemp("small")
+    rng, lines = np.random.default_rng(5), ["path,labels,fold"]
+    for i in range(26):
+        x = rng.normal(0, 10 ** rng.uniform(-3, -1), round(16000 * (0.3 + i / 25)))
+        soundfile.write(root / f"{i:02d}.wav", x, 16000)
+        lines.append(f"{i:02d}.wav,{['a', 'a;b', 'c', '', 'a;b;c'][i % 5]},{i % 3 + 1}")
+    (root / "11.wav").write_bytes(b"RIFF no sound")
+    table = write(root / "clips.csv", *lines)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prep_data, "SHARD", SHARD)
+        patch.setattr(prep_data, "CHUNK", 2)
+        main(patch, "csv", "--root", table, "--out", root / "prepared", "--clip-seconds", 1, "--workers", 2)
+    return table, root / "prepared"
+
+
+def resume(monkeypatch, table, out, workers):
+    monkeypatch.setattr(prep_data, "SHARD", SHARD)
+    monkeypatch.setattr(prep_data, "CHUNK", 2)
+    main(monkeypatch, "csv", "--root", table, "--out", out, "--clip-seconds", 1, "--workers", workers)
+
+
+def test_bytes_do_not_depend_on_the_workers(small, tmp_path, monkeypatch):
+    table, out = small
+    resume(monkeypatch, table, tmp_path / "one", 1)
+    assert files(tmp_path / "one") == files(out)
+    tables = ["classes.csv", "clips.csv", "skipped.csv", "stats.json"]
+    assert sorted(files(out)) == sorted([*tables, *(f"fbank-{s:05d}.npy" for s in range(4))])
+
+
+@pytest.fixture(scope="module")
+def killed(small, tmp_path_factory):
+    """(folder whose preparation was killed as its second shard was about to be named, the processes it left behind)."""
+    out = tmp_path_factory.mktemp("killed") / "prepared"
+    code = f"""
+import os, signal, sys, prep_data
+prep_data.SHARD, prep_data.CHUNK, rename = {SHARD}, 2, os.replace
+def rename_or_die(a, b):
+    if str(b).endswith("fbank-00001.npy"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    rename(a, b)
+os.replace = rename_or_die
+sys.argv = ["prep_data.py", "csv", "--root", {str(small[0])!r}, "--out", {str(out)!r}, "--clip-seconds", "1", "--workers", "1"]
+prep_data.main()
+"""
+    args = [sys.executable, "-c", code]
+    process = subprocess.Popen(args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
+    assert process.wait(timeout=100) == -signal.SIGKILL, process.stdout.read()
+    try:
+        process.communicate(timeout=10)  # the pipe ends when nobody is left that could write to it
+        orphans = False
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        orphans = True
+    return out, orphans
+
+
+def test_a_killed_preparation_leaves_no_workers_behind(killed):
+    assert not killed[1], "worker processes outlived the preparation"
+
+
+def test_a_killed_preparation_goes_on_to_the_same_bytes(small, killed, monkeypatch, capsys):
+    (table, whole), out = small, killed[0]
+    done = out / "fbank-00000.npy"
+    assert done.read_bytes() == (whole / done.name).read_bytes() and not (out / "fbank-00001.npy").exists()
+    assert not (out / "stats.json").exists()
+    with pytest.raises(FileNotFoundError, match="not complete"):
+        prep_data.FbankDataset(out, "train", fold=1)
+    other = write(table.with_name("other.csv"), *table.read_text().splitlines()[:-1])
+    with pytest.raises(ValueError, match="another preparation"):
+        resume(monkeypatch, other, out, 1)
+    before = os.stat(done)
+    resume(monkeypatch, table, out, 2)
+    assert files(out) == files(whole)
+    assert (os.stat(done).st_ino, os.stat(done).st_mtime_ns) == (before.st_ino, before.st_mtime_ns)  # kept, not made again
+    capsys.readouterr()
+    resume(monkeypatch, table, out, 1)
+    assert "nothing to do" in capsys.readouterr().out and files(out) == files(whole)
+    with pytest.raises(ValueError, match="another preparation"):
+        resume(monkeypatch, other, out, 1)
+    assert files(out) == files(whole)
+
+
+def test_one_broken_clip_is_named_and_left_out(small):
+    table, out = small
+    [skipped] = read(out / "skipped.csv")
+    assert (skipped["id"], skipped["path"]) == ("11.wav", str(table.with_name("11.wav"))) and skipped["reason"]
+    rows = read(out / "clips.csv")
+    assert [int(r["row"]) for r in rows] == [i for i in range(26) if i != 11]
+    stats = json.loads((out / "stats.json").read_text())
+    assert (stats["clips"], stats["skipped"], len(stats["crc32"])) == (25, 1, 4)
+
+
+def test_many_broken_clips_are_an_error_that_keeps_the_work(tmp_path, monkeypatch):
+    good = partials(16000, 0.3)
+    for i in range(12):
+        soundfile.write(tmp_path / f"{i}.wav", good, 16000)
+    soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan, np.float32), 16000, subtype="FLOAT")
+    soundfile.write(tmp_path / "short.wav", good[:399], 16000)
+    soundfile.write(tmp_path / "nothing.wav", good[:0], 16000)
+    (tmp_path / "empty.wav").write_bytes(b"")
+    (tmp_path / "text.mp3").write_text("not a sound\n" * 100)
+    names = [*(f"{i}.wav" for i in range(12)), "nan.wav", "short.wav", "nothing.wav", "empty.wav", "text.mp3", "missing.wav"]
+    table = write(tmp_path / "t.csv", "path,labels,fold", *(f"{n},x,{i % 2}" for i, n in enumerate(names)))
+    for _ in range(2):  # the second run finds its shards and says the same
+        with pytest.raises(ValueError, match="6 of 18 clips could not be read.*nan.wav.*finite.*skipped.csv"):
+            main(monkeypatch, "csv", "--root", table, "--out", tmp_path / "out", "--workers", 1, "--clip-seconds", 1)
+        reasons = {r["id"]: r["reason"] for r in read(tmp_path / "out" / "skipped.csv")}
+        assert list(reasons) == names[12:] and all(reasons.values())
+        assert "25 ms" in reasons["short.wav"] and "no samples" in reasons["nothing.wav"]
+        shard = np.load(tmp_path / "out" / "fbank-00000.npy")
+        assert (shard[:12, :28] != 0).any((1, 2)).all() and not shard[12:].any()
+    with pytest.raises(FileNotFoundError, match="not complete"):
+        prep_data.FbankDataset(tmp_path / "out", "train", fold=1)
+
+
+# ---------------------------------------------------------------------------------------------------------- the reader
+
+
+def test_dataset_folds_and_statistics(small):
+    out = small[1]
+    shards = np.concatenate([np.load(out / f"fbank-{s:05d}.npy") for s in range(4)]).astype(np.float64)
+    for fold in (1, 2, 3):
+        train, held = (prep_data.FbankDataset(out, s, fold=fold) for s in ("train", "eval"))
+        assert list(held.ids) == [f"{i:02d}.wav" for i in range(26) if i % 3 + 1 == fold and i != 11]
+        assert list(train.ids) == [f"{i:02d}.wav" for i in range(26) if i % 3 + 1 != fold and i != 11]
+        for ds in (train, held):
+            lengths = [min(98, (round(16000 * (0.3 + int(i[:2]) / 25)) - 400) // 160 + 1) for i in ds.ids]
+            frames = np.concatenate([shards[int(i[:2]), :n] for i, n in zip(ds.ids, lengths)])
+            assert abs(ds.mean - frames.mean()) < 1e-6 and abs(ds.std - frames.std()) < 1e-6
+            assert isinstance(ds.mean, float) and isinstance(ds.std, float) and not ds.has_val
+            assert (ds.task, ds.n_frames, ds.classes, ds.frames.tolist()) == ("multi-label", 100, ["a", "b", "c"], lengths)
+
+
+def test_dataset_items_and_batches(small):
+    out = small[1]
+    ds = prep_data.FbankDataset(out, "train", fold=1)
+    order = [len(ds) - 1, 0, 7, 0, 3]  # over three shards, one clip twice
+    x, n, labels = ds.fetch(order)
+    assert x.dtype == torch.float16 and x.shape == (5, 100, 128) and n.tolist() == [ds.frames[i] for i in order]
+    y = {0: [1.0, 0, 0], 1: [1, 1, 0], 2: [0, 0, 1], 3: [0, 0, 0], 4: [1, 1, 1]}
+    for k, i in enumerate(order):
+        one, own = ds[i]
+        number = int(ds.ids[i][:2])
+        shard = np.load(out / f"fbank-{number // SHARD:05d}.npy")
+        assert one.dtype == own.dtype == torch.float32 and own.tolist() == y[number % 5]
+        assert sorted(v for v in labels[k].tolist() if v >= 0) == [c for c, on in enumerate(y[number % 5]) if on]
+        assert torch.equal(one, x[k].float()) and np.array_equal(one.numpy(), shard[number % SHARD].astype(np.float32))
+        assert not one[n[k] :].any() and one[: n[k]].any(1).all()
+
+
+def test_weights_balance_the_classes(small):
+    ds = prep_data.FbankDataset(small[1], "eval", fold=3)
+    own = [{0: "a", 1: "ab", 2: "c", 3: "-", 4: "abc"}[int(i[:2]) % 5] for i in ds.ids]  # a clip without a label: its own class
+    count = {c: sum(c in o for o in own) for c in "abc-"}
+    assert np.allclose(ds.weights(), [sum(1 / (count[c] + 0.01) for c in o) for o in own], rtol=1e-12) and min(count.values()) > 0
+
+
+def test_dataset_refuses_what_is_not_there(small, tmp_path):
+    out = small[1]
+    for split, fold, says in (
+        ("train", None, "give --fold, one of 1, 2, 3"),
+        ("train", 4, "no fold 4: it has folds 1, 2, 3"),
+        ("val", 1, "no split 'val': it has train, eval"),
+        ("test", 1, "no split 'test': it has train, eval"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            prep_data.FbankDataset(out, split, fold=fold)
+    with pytest.raises(FileNotFoundError, match="no prepared folder"):
+        prep_data.FbankDataset(tmp_path, "train")
+    shutil.copytree(out, tmp_path / "holes")
+    (tmp_path / "holes" / "fbank-00002.npy").unlink()
+    with pytest.raises(FileNotFoundError, match="fbank-00002.npy is missing"):
+        prep_data.FbankDataset(tmp_path / "holes", "train", fold=1)
+    stats = json.loads((out / "stats.json").read_text())
+    (tmp_path / "holes" / "stats.json").write_text(json.dumps(stats | {"version": 99}))
+    with pytest.raises(ValueError, match="version 99"):
+        prep_data.FbankDataset(tmp_path / "holes", "train", fold=1)
+
+
+def test_demo_is_deterministic_and_as_described(tmp_path, monkeypatch):
+    for place, workers in (("here", 2), ("there", 1)):
+        main(monkeypatch, "demo", "--out", tmp_path / place / "demo", "--workers", workers)
+    here, there = (tmp_path / place / "demo" for place in ("here", "there"))
+    assert (here / "fbank-00000.npy").read_bytes() == (there / "fbank-00000.npy").read_bytes()
+    assert [{**r, "path": ""} for r in read(here / "clips.csv")] == [{**r, "path": ""} for r in read(there / "clips.csv")]
+    seen = {}
+    for split, size in (("train", 240), ("val", 60), ("eval", 120)):
+        ds = prep_data.FbankDataset(here, split)
+        per_clip, per_class = (ds.labels >= 0).sum(1), np.bincount(ds.labels[ds.labels >= 0], minlength=10)
+        assert (len(ds), len(ds.classes), ds.n_frames, ds.task, ds.has_val) == (size, 10, 200, "multi-label", True)
+        assert set(per_clip) == {1, 2, 3} and per_class.min() >= 5
+        x = ds.fetch(range(size))[0]
+        seen[split] = {row.numpy().tobytes() for row in x}
+        assert len(seen[split]) == size and (ds.frames == 198).all()
+    assert len(set.union(*seen.values())) == 420  # no clip in two splits
+    with pytest.raises(ValueError, match="no split 'test': it has eval, train, val"):
+        prep_data.FbankDataset(here, "test")
+    with pytest.raises(ValueError, match="no fold 1: it has splits, not folds"):
+        prep_data.FbankDataset(here, "train", fold=1)
+
+
+# --------------------------------------------------------------------------------------------------- the augmentations
+
+
+def test_mix_equals_its_formula_cell_by_cell():
+    g = torch.Generator().manual_seed(0)
+    B, T, F = 5, 7, 3
+    n_a, n_b = torch.tensor([7, 4, 7, 3, 5]), torch.tensor([7, 6, 2, 3, 7])
+    lam = torch.tensor([0.5, 0.3, 0.9, 1.0, 0.02])
+    a, b = (torch.rand(B, T, F, generator=g) * 24 - 18 for _ in range(2))
+    a[4] = -15.9  # with lam = 0.02 the first clip falls below the floor
+    a[4, :, 0], b[4, :, 0] = -15.9, -20.0
+    for x, n in ((a, n_a), (b, n_b)):
+        x[torch.arange(T)[None, :] >= n[:, None]] = 0.0
+    mixed, floor = prep_data.mix(a, b, lam, n_a, n_b), math.log(2**-23)
+    assert abs(floor - -15.9424) < 1e-4 and mixed.shape == (B, T, F)
+    for i in range(B):
+        for t in range(T):
+            for f in range(F):
+                power = float(lam[i]) ** 2 * math.exp(a[i, t, f]) + (
+                    (1 - float(lam[i])) ** 2 * math.exp(b[i, t, f]) if t < n_b[i] and lam[i] < 1 else 0
+                )
+                expected = 0.0 if t >= n_a[i] else max(math.log(power), floor)
+                assert abs(mixed[i, t, f].item() - expected) < 1e-5, (i, t, f)
+    assert (mixed[4, :5, 0] == prep_data.FLOOR).all()
+    same = prep_data.mix(a, b, torch.ones(B), n_a, n_b)
+    own = torch.arange(T)[None, :, None] < n_a[:, None, None]
+    assert torch.equal(same, torch.where(own, a.clamp(min=prep_data.FLOOR), 0.0))
+
+
+@needs_esc
+def test_mix_is_close_to_mixing_the_waveforms():
+    rng = np.random.default_rng(0)
+    names = sorted(r["filename"] for r in read(ESC / "meta" / "esc50.csv") if r["esc10"] == "True")
+
+    def error(cut_a, cut_b):
+        errors = []
+        for _ in range(40):
+            a, b = (prep_data.load_audio(ESC / "audio" / n, 5) for n in rng.choice(names, 2, replace=False))
+            a, b = (x[: int(16000 * rng.uniform(1, 4))] if cut else x for x, cut in ((a, cut_a), (b, cut_b)))
+            lam, silence = float(np.float32(rng.beta(10, 10))), torch.zeros(80000)
+            waves = lam * a + (1 - lam) * torch.cat([b, silence])[: len(a)]
+            real, (x, y) = prep_data.fbank(waves), (prep_data.fbank(torch.cat([w, silence])[:80000]) for w in (a, b))
+            n = [(len(w) - 400) // 160 + 1 for w in (a, b)]
+            x[n[0] :], y[n[1] :] = 0.0, 0.0  # as in a prepared folder
+            mixed = prep_data.mix(x[None], y[None], torch.tensor([lam]), torch.tensor(n[:1]), torch.tensor(n[1:]))[0]
+            assert len(real) == n[0] and not mixed[n[0] :].any()
+            errors.append((mixed[: n[0]] - real).abs().mean().item())
+        return np.mean(errors)
+
+    for cuts in ((False, False), (False, True), (True, False), (True, True)):
+        assert error(*cuts) < 0.2, cuts
+
+
+def test_draw_ranges_and_distributions():
+    size = 100_000
+    d = prep_data.draw(np.random.default_rng(0), size, n_clips=37, freq_mask=24, time_mask=96, n_frames=500)
+    assert all(v.shape == (size,) for v in d.values())
+    for start, end, width, total in (("f0", "f1", 24, 128), ("t0", "t1", 96, 500)):
+        w = d[end] - d[start]
+        assert w.min() == 0 and w.max() == width - 1 and abs(w.mean() - (width - 1) / 2) < 0.02 * width
+        assert d[start].min() == 0 and d[end].max() >= total - 1 and d[end].max() <= total
+        assert abs((d[start] / (total - w)).mean() - 0.5) < 0.01
+    assert set(d["partner"]) == set(range(37)) and set(d["shift"]) == set(range(-10, 11))
+    assert d["noise"].min() >= 0 and d["noise"].max() < 0.1 and abs(d["noise"].mean() - 0.05) < 0.001
+    mixed = d["lam"][d["lam"] < 1].astype(np.float64)
+    assert abs(len(mixed) / size - 0.5) < 0.01 and set(d["lam"][d["lam"] >= 1]) == {1.0}
+    assert abs(mixed.mean() - 0.5) < 0.003 and abs(mixed.var() - 1 / 84) < 0.0005  # of Beta(10, 10)
+    assert (prep_data.draw(np.random.default_rng(0), 500, 37, mixup=0.0)["lam"] == 1).all()
+    wide = prep_data.draw(np.random.default_rng(1), size, 37)  # the defaults: 48 bins, 192 of 1000 frames
+    assert (wide["f1"] - wide["f0"]).max() == 47 and (wide["t1"] - wide["t0"]).max() == 191 and wide["t1"].max() > 990
+
+
+def test_draw_depends_on_its_generator_only():
+    one, again, other = (prep_data.draw(np.random.default_rng([7, 1, s]), 64, 100) for s in (3, 3, 4))
+    assert all(np.array_equal(one[k], again[k]) for k in one)
+    assert all(not np.array_equal(one[k], other[k]) for k in one)
+
+
+def test_augment_equals_a_loop_in_the_papers_order():
+    B, T, F, mean, std = 6, 40, 128, -5.0, 4.0
+    rng = np.random.default_rng(0)
+    mixed = rng.normal(-5, 4, (B, T, F)).astype(np.float32)
+    noise = rng.random((B, T, F), dtype=np.float32)
+    d = prep_data.draw(rng, B, 10, freq_mask=48, time_mask=12, n_frames=T)
+    d["shift"][:3] = 10, -10, 0
+    ours = prep_data.augment(torch.from_numpy(mixed), {k: torch.from_numpy(v) for k, v in d.items()}, torch.from_numpy(noise), mean, std)
+    for i in range(B):
+        x = mixed[i].copy()
+        x[:, d["f0"][i] : d["f1"][i]] = 0.0
+        x[d["t0"][i] : d["t1"][i], :] = 0.0
+        x = (x - mean) / (2 * std)
+        x = x + noise[i] * d["noise"][i]
+        x = np.roll(x, d["shift"][i], axis=0)
+        np.testing.assert_allclose(ours[i].numpy(), x, atol=1e-6)
+    assert (d["f1"] > d["f0"]).any() and (d["t1"] > d["t0"]).any()
+
+
+def test_targets_by_hand():
+    labels = torch.tensor([[0, 2], [3, -1], [-1, -1]])
+    assert prep_data.targets(labels, 4, "multi-label").tolist() == [[1, 0, 1, 0], [0, 0, 0, 1], [0, 0, 0, 0]]
+    smooth = torch.tensor([[0.9, 0.025, 0.9, 0.025], [0.025, 0.025, 0.025, 0.9], [0.025] * 4])
+    torch.testing.assert_close(prep_data.targets(labels, 4, "multi-label", 0.1), smooth)
+    single = prep_data.targets(torch.tensor([[3], [0]]), 4, "single-label", 0.1)
+    torch.testing.assert_close(single, torch.tensor([[0.025, 0.025, 0.025, 0.925], [0.925, 0.025, 0.025, 0.025]]))
+    torch.testing.assert_close(single.sum(1), torch.ones(2))
+    assert prep_data.targets(torch.tensor([[1], [0]]), 2, "single-label").tolist() == [[0, 1], [1, 0]]
