@@ -10,7 +10,7 @@
 # Knobs, by environment:
 #   ROOT            the raw data on disk (not for demo, nor for a prepared folder)
 #   EXP             where runs go                            exp/NAME
-#   CNN, AST        the students                             efficientnet-b2, ast-base (demo: efficientnet-b0, ast-tiny)
+#   CNN, AST        the students                             efficientnet-b2, ast-base (demo: timm:resnet10t, ast-tiny)
 #   CNN_TEACHERS    who teaches the AST                      CNN if that is set; fsd50k: efficientnet-b0 densenet-121
 #   AST_TEACHERS    who teaches the CNN                      AST if that is set; fsd50k: ast-tiny
 #   PRETRAINED_CNN, PRETRAINED_AST   no, imagenet or a path  imagenet (demo: no)
@@ -40,7 +40,7 @@ case $1 in
     ;;
 esac
 case $NAME in
-  demo) : "${FOLDS:=none}" "${CNN:=efficientnet-b0}" "${AST:=ast-tiny}" ;;
+  demo) : "${FOLDS:=none}" "${CNN:=timm:resnet10t}" "${AST:=ast-tiny}" ;;
   esc10 | esc50) : "${FOLDS:=1 2 3 4 5}" ;;
   fsd50k) : "${CNN_TEACHERS:=${CNN:-efficientnet-b0 densenet-121}}" "${AST_TEACHERS:=${AST:-ast-tiny}}" ;;
 esac
