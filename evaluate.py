@@ -11,6 +11,7 @@ metrics-<checkpoint>-<split>.json and per_class-<checkpoint>-<split>.csv; ensemb
 """
 
 import argparse
+import atexit
 import csv
 import json
 import math
@@ -48,6 +49,7 @@ def setup(device=None):
         torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
     return torch.device("cuda", local) if use_cuda else torch.device("cpu")
 
 

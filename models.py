@@ -15,7 +15,10 @@ import os
 import pathlib
 import pickle
 import re
+import socket
 import sys
+import urllib.parse
+import urllib.request
 
 import timm
 import torch
@@ -199,12 +202,20 @@ def build_model(name, n_classes, n_frames=1000, pretrained=False, kd_head=False)
 
 def imagenet_state(tag):
     """timm's ImageNet state dict of a tag, from its cache or the Hugging Face hub; ValueError if neither has it."""
+    from huggingface_hub import constants  # comes with timm
+
+    hub = urllib.parse.urlsplit(constants.ENDPOINT)
+    if not urllib.request.getproxies():
+        try:
+            socket.create_connection((hub.hostname, hub.port or 443), timeout=10).close()
+        except OSError:  # the hub's client would try for most of a minute before it looks into the cache
+            constants.HF_HUB_OFFLINE = True
     try:
         return timm.create_model(tag, pretrained=True).state_dict()
-    except Exception as e:  # the hub's client raises errors of several libraries: network, HTTP, cache, timm itself
+    except Exception as e:  # the client raises errors of several libraries: network, HTTP, cache, timm itself
         raise ValueError(
-            f"cannot get the ImageNet weights '{tag}' from the Hugging Face hub ({type(e).__name__}); connect to the network, "
-            "or give --pretrained PATH (a file of timm's weights), or --pretrained no to start from random weights"
+            f"cannot get the ImageNet weights '{tag}' from {constants.ENDPOINT} or its cache ({type(e).__name__}): connect "
+            "to the network, or give --pretrained PATH (a file of timm's weights), or --pretrained no for random weights"
         ) from e
 
 

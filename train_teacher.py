@@ -13,6 +13,7 @@ import argparse
 import concurrent.futures
 import json
 import math
+import os
 import pathlib
 import shutil
 import sys
@@ -120,11 +121,8 @@ def start(args, data, suffix=""):
     refused. Returns the settings as a dictionary of plain types."""
     fold = "" if args.fold is None else f"-fold{args.fold}"
     if args.out is None:
-        args.out = (
-            pathlib.Path("exp")
-            / data.root.resolve().name
-            / f"{args.model.replace(':', '-')}{suffix}{fold}-s{args.seed}"
-        )
+        name = pathlib.Path(os.path.abspath(data.root)).name  # a link keeps its name
+        args.out = pathlib.Path("exp", name, f"{args.model.replace(':', '-')}{suffix}{fold}-s{args.seed}")
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "no_compile")}
     settings = json.loads(json.dumps(settings | {"data": str(data.root)}))  # tuples become lists
     if evaluate.ranks()[0] == 0:

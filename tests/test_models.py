@@ -31,7 +31,8 @@ def randomised(model, seed=0):
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            p.copy_(torch.randn(p.shape, generator=g) * (0.4 / p[0].numel() ** 0.5 if p.ndim > 1 else 0.1) + (p.ndim == 1))
+            scale = {1: 0.1, 3: 0.5}.get(p.ndim) or 0.4 / p[0].numel() ** 0.5  # norms and biases; tokens and positions; matrices
+            p.copy_(torch.randn(p.shape, generator=g) * scale + (p.ndim == 1))
         for name, b in model.named_buffers():
             if "running" in name:
                 b.copy_(torch.rand(b.shape, generator=g) + 0.5)
