@@ -57,7 +57,8 @@ def cmkd_loss(
 
 
 def load_teachers(paths, data, args, device):
-    """Frozen teachers in eval mode: [model], [name]. ValueError if one knows other classes, another task, length or fold."""
+    """Frozen teachers in eval mode: [(model, scale, offset)], [name]. ValueError if one knows other classes, another task,
+    length or fold. scale * x + offset turns the student's normalised input into the teacher's, exactly."""
     teachers, names = [], []
     for path in paths:
         model, meta = models.load_checkpoint(path)
@@ -68,7 +69,11 @@ def load_teachers(paths, data, args, device):
             raise ValueError(
                 f"teacher {path} was trained with --fold {fold}, the student has {mine}: test clips would leak"
             )
-        teachers.append(model.requires_grad_(False).to(device))
+        scale, offset = data.std / meta["std"], (data.mean - meta["mean"]) / (2 * meta["std"])
+        if (scale, offset) != (1, 0):
+            print(f"teacher {path} has another normalisation: its input is converted")
+        model = train_teacher.faster(model.requires_grad_(False).to(device), args, device)
+        teachers.append((model, scale, offset))
         names.append(meta["model"]["name"])
     return teachers, names
 
@@ -111,11 +116,11 @@ def main():
     optimizer = train_teacher.make_optimizer(model, args, device)
     start_epoch, first, totals, history = train_teacher.resume(args, model, optimizer)
     train_teacher.begin_run(args, model, meta, history)
-    net, teachers = (train_teacher.wrap(model, args, device), [train_teacher.faster(t, args, device) for t in teachers])
+    net = train_teacher.wrap(model, args, device)
 
     n_steps, saved = train_teacher.steps_of(data, args), time.monotonic()
     for epoch in range(start_epoch, args.epochs + 1):
-        began, factor = (time.monotonic(), train_teacher.decay_factor(args, epoch, history))
+        began, factor = time.monotonic(), train_teacher.decay_factor(args, epoch, history)
         net.train()
         total = torch.zeros(3, device=device) if totals is None else torch.tensor(totals, device=device)
         with evaluate.progress(n_steps * args.batch_size, "clip", f"epoch {epoch}", first * args.batch_size) as bar:
@@ -124,7 +129,7 @@ def main():
                 seen = prep_data.normalise(mixed, data.mean, data.std) if args.conventional else x
                 with evaluate.autocast(device):
                     with torch.no_grad():
-                        teacher_logits = [teacher(seen) for teacher in teachers]
+                        teacher_logits = [t(seen if (a, b) == (1, 0) else a * seen + b) for t, a, b in teachers]
                     logits, kd_logits = net(x, both=True)
                 losses = cmkd_loss(
                     logits, teacher_logits, y, data.task, args.lam, args.tau, kd_logits, args.combine, args.kl

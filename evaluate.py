@@ -195,7 +195,7 @@ def score_checkpoints(paths, split, root, device):
         "seed": first["args"]["seed"],
         "seconds": round(time.time() - start, 1),
     }
-    metrics, per_class = (out / f"metrics-{name}-{split}.json", out / f"per_class-{name}-{split}.csv")
+    metrics, per_class = out / f"metrics-{name}-{split}.json", out / f"per_class-{name}-{split}.csv"
     models.atomic_write(metrics, lambda p: p.write_text(json.dumps(result, indent=1)))
 
     def write(p):

@@ -161,7 +161,7 @@ def own_table(table, seed=0):
         if r["path"] in seen:
             raise ValueError(f"{table} line {n}: '{r['path']}' stands in line {seen[r['path']]} already")
         seen[r["path"]] = n
-        split, fold = ((r.get("split") or "").strip().lower(), (r.get("fold") or "").strip())
+        split, fold = (r.get("split") or "").strip().lower(), (r.get("fold") or "").strip()
         if split not in SPLITS:
             raise ValueError(f"{table} line {n}: unknown split '{split}': use train, val or eval")
         if fold and not fold.isdecimal():
@@ -186,7 +186,7 @@ def stratify(labels, n_classes, seed, shares=(("train", 0.8), ("val", 0.1), ("ev
     for i in np.random.default_rng(seed).permutation(len(labels)):
         for c in labels[i] or [n_classes]:  # no label is a class of its own here
             members[c].append(int(i))
-    split, room = ([None] * len(labels), {name: share * len(labels) for name, share in shares})
+    split, room = [None] * len(labels), {name: share * len(labels) for name, share in shares}
     want = {c: {name: share * len(m) for name, share in shares} for c, m in members.items()}
     for c in sorted(members, key=lambda c: (len(members[c]), c)):
         for i in members[c]:
@@ -321,7 +321,7 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
         raise ValueError(f"--task single-label, but clip '{bad[0]}' has {len(bad[4])} labels")
     if n_frames < 16:
         raise ValueError(f"--clip-seconds {seconds} is too short: use 0.16 or more")
-    splits, folds = (collections.Counter(c[2] for c in clips), collections.Counter(c[3] for c in clips))
+    splits, folds = collections.Counter(c[2] for c in clips), collections.Counter(c[3] for c in clips)
     if "" not in splits and not (splits["train"] and splits["eval"]):
         raise ValueError(
             f"no clip has split '{'eval' if splits['train'] else 'train'}': training and scoring need both"
@@ -474,7 +474,7 @@ class FbankDataset(torch.utils.data.Dataset):
         self.has_val = fold is None and "val" in splits
         rows, self.ids, labels, frames, mean, var = zip(*rows)
         self.rows, self.frames = (np.array(rows), np.array(frames))  # (n,): place in the shards, own frame count
-        mean, var, share = (np.array(mean), np.array(var), self.frames / self.frames.sum())
+        mean, var, share = np.array(mean), np.array(var), self.frames / self.frames.sum()
         self.mean = float(share @ mean)
         self.std = float(np.sqrt(share @ (var + mean**2) - self.mean**2))
         labels = [[int(k) for k in v.split(";")] if v else [] for v in labels]
@@ -607,7 +607,7 @@ def main():
         help="csv: default multi-label if any clip has several labels",
     )
     a = p.parse_args()
-    out, seconds = (a.out or pathlib.Path("data") / a.dataset, a.clip_seconds or DATASETS[a.dataset][0])
+    out, seconds = a.out or pathlib.Path("data") / a.dataset, a.clip_seconds or DATASETS[a.dataset][0]
     if a.workers is not None and a.workers < 1:
         raise ValueError(f"--workers {a.workers}: give 1 or more")
     if a.dataset == "demo":

@@ -168,8 +168,8 @@ def batches(data, args, epoch, device, first=0):
     nor on an interruption. A thread reads the next batch while this one trains.
     """
     rank, world = evaluate.ranks()
-    order, b = (epoch_order(data, args.seed, epoch, args.balanced), args.batch_size // world)
-    mine, C = slice(rank * b, (rank + 1) * b), len(data.classes)
+    order, share, C = epoch_order(data, args.seed, epoch, args.balanced), args.batch_size // world, len(data.classes)
+    mine = slice(rank * share, (rank + 1) * share)
 
     def host(step):
         clips = order[step * args.batch_size : (step + 1) * args.batch_size]

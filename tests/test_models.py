@@ -31,7 +31,8 @@ def randomised(model, seed=0):
     g = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
-            scale = {1: 0.1, 3: 0.5}.get(p.ndim) or 0.4 / p[0].numel() ** 0.5  # norms and biases; tokens and positions; matrices
+            # norms and biases; tokens and positions; matrices
+            scale = {1: 0.1, 3: 0.5}.get(p.ndim) or 0.4 / p[0].numel() ** 0.5
             p.copy_(torch.randn(p.shape, generator=g) * scale + (p.ndim == 1))
         for name, b in model.named_buffers():
             if "running" in name:
@@ -58,7 +59,8 @@ def test_sizes_and_patches():
         for name in models.MODELS:
             model = models.build_model(name, n_classes=200, n_frames=1000)
             size = sum(p.numel() for p in model.parameters()) / 1e6
-            assert round(size, 1) == millions.get(name, round(size, 1)) and round(size) == whole.get(name, round(size)), name
+            assert round(size, 1) == millions.get(name, round(size, 1)), name
+            assert round(size) == whole.get(name, round(size)), name
         for n_frames, patches in ((1000, 1188), (500, 588)):
             ast = models.build_model("ast-tiny", 200, n_frames=n_frames)
             assert ast.grid[0] * ast.grid[1] == patches and ast.v.pos_embed.shape == (1, 2 + patches, 192)
@@ -82,7 +84,15 @@ def test_imagenet_tags_are_fixed_and_exist():
 
 
 def test_unknown_and_unfit_models_are_refused():
-    for name in ("resnet", "ast-huge", "", "timm:", "timm:nothing_like_it", "timm:resnet10t.no_such_tag", "timm:vit_tiny_patch16_224"):
+    for name in (
+        "resnet",
+        "ast-huge",
+        "",
+        "timm:",
+        "timm:nothing",
+        "timm:resnet10t.no_tag",
+        "timm:vit_tiny_patch16_224",
+    ):
         with pytest.raises(ValueError, match=f"'{name}'") as error:
             models.build_model(name, 5, n_frames=100)
         assert "\n" not in str(error.value)
@@ -101,7 +111,12 @@ def hugging_face(tmp_path_factory):
     import transformers
 
     config = transformers.ASTConfig(
-        hidden_size=192, num_hidden_layers=12, num_attention_heads=3, intermediate_size=768, max_length=100, num_labels=7
+        hidden_size=192,
+        num_hidden_layers=12,
+        num_attention_heads=3,
+        intermediate_size=768,
+        max_length=100,
+        num_labels=7,
     )
     model = randomised(transformers.ASTForAudioClassification(config))
     folder = tmp_path_factory.mktemp("hf")
@@ -235,7 +250,8 @@ def test_deit_weights(tmp_path, capsys):
     torch.save(theirs.state_dict(), tmp_path / "deit.pth")
     ours = models.build_model("ast-tiny", 1000, n_frames=300, pretrained=tmp_path / "deit.pth").eval()
     assert "positions 14x14 -> 12x29" in (said := capsys.readouterr().out) and "no mlp_head in it" in said
-    grid = theirs.pos_embed[:, 2:].reshape(1, 14, 14, 192).permute(0, 3, 1, 2)[:, :, 1:13]  # 12 of 14 rows, from the centre
+    grid = theirs.pos_embed[:, 2:].reshape(1, 14, 14, 192).permute(0, 3, 1, 2)
+    grid = grid[:, :, 1:13]  # 12 of 14 rows, from the centre
     grid = nn.functional.interpolate(grid, (12, 29), mode="bilinear").flatten(2).transpose(1, 2)
     pos = torch.cat([theirs.pos_embed[:, :2], grid], 1)
     close(ours.v.pos_embed, pos, atol=1e-6)
@@ -243,8 +259,8 @@ def test_deit_weights(tmp_path, capsys):
     x = spectrograms(2, 300)
     image = x.transpose(1, 2)[:, None].expand(-1, 3, -1, -1)
     patches = nn.functional.conv2d(image, theirs.patch_embed.proj.weight, theirs.patch_embed.proj.bias, stride=10)
-    tokens = torch.cat([theirs.cls_token.expand(2, -1, -1), theirs.dist_token.expand(2, -1, -1), patches.flatten(2).mT], 1)
-    out = theirs.norm(theirs.blocks(tokens + pos))
+    prefix = torch.cat([theirs.cls_token, theirs.dist_token], 1).expand(2, -1, -1)
+    out = theirs.norm(theirs.blocks(torch.cat([prefix, patches.flatten(2).mT], 1) + pos))
     close(ours.features(x), (out[:, 0] + out[:, 1]) / 2, atol=1e-3)
 
 
@@ -315,9 +331,8 @@ def test_attention_pooling_by_hand():
     assert pool.weight.tolist() == [0.25] * 4
     pool.weight.copy_(torch.tensor([0.1, 0.2, 0.3, 0.4]))
     x = torch.randn(B, T, d) * 2
-    att, cla = (
-        1 / (1 + np.exp(-(x.double().numpy() @ m.weight.double().numpy().T + m.bias.double().numpy()))) for m in (pool.att, pool.cla)
-    )
+    linear = [x.double() @ m.weight.double().T + m.bias.double() for m in (pool.att, pool.cla)]
+    att, cla = (1 / (1 + np.exp(-z.numpy())) for z in linear)
     logits = pool(x)
     for b in range(B):
         for c in range(C):
@@ -364,7 +379,7 @@ def test_attention_pooling_stays_finite(size):
             x.requires_grad_()
             with torch.autocast("cpu", torch.bfloat16):
                 logits = pool(x)
-            assert logits.isfinite().all() and (logits.abs() > 10).all() and torch.all(logits.sign() == np.sign(size) * sign)
+            assert logits.isfinite().all() and (logits * np.sign(size) * sign > 10).all()
             logits.sum().backward()
             assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in pool.parameters())
 
@@ -463,8 +478,10 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
     models.save_checkpoint(tmp_path / "good.pt", model, **META)
     whole = (tmp_path / "good.pt").read_bytes()
     file = torch.load(tmp_path / "good.pt", weights_only=True)
-    for name, content in (("cut.pt", whole[: len(whole) // 2]), ("stub.pt", whole[:100]), ("empty.pt", b""), ("text.pt", b"hello\n")):
-        (tmp_path / name).write_bytes(content)
+    (tmp_path / "cut.pt").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "stub.pt").write_bytes(whole[:100])
+    (tmp_path / "empty.pt").write_bytes(b"")
+    (tmp_path / "text.pt").write_bytes(b"hello\n")
     torch.save(file | {"format": 99}, tmp_path / "later.pt")
     torch.save(file["state"], tmp_path / "foreign.pt")
     torch.save({"epoch": 3}, tmp_path / "numbers.pt")
@@ -480,12 +497,12 @@ def test_files_that_cannot_be_used_are_named(tmp_path):
             function(tmp_path / name)
         assert "\n" not in str(caught.value) and str(tmp_path / name) in str(caught.value)
 
-    for name in ("cut.pt", "stub.pt", "empty.pt", "text.pt", "later.pt", "foreign.pt", "numbers.pt", "headless.pt", "object.pt"):
+    unreadable = ["cut.pt", "stub.pt", "empty.pt", "text.pt", "numbers.pt", "object.pt"]
+    for name in (*unreadable, "later.pt", "foreign.pt", "headless.pt"):
         refused(models.load_checkpoint, name)
     refused(models.load_checkpoint, "none.pt", FileNotFoundError)
-    for name in ("cut.pt", "stub.pt", "empty.pt", "text.pt", "numbers.pt", "object.pt", "cut.safetensors", "text.safetensors"):
+    for name in (*unreadable, "cut.safetensors", "text.safetensors", "a.safetensors"):
         refused(lambda path: models.load_pretrained(model, path), name)
-    refused(lambda path: models.load_pretrained(model, path), "a.safetensors")
     for name in ("none.pt", "folder"):
         refused(lambda path: models.load_pretrained(model, path), name, FileNotFoundError)
 
