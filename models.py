@@ -13,12 +13,12 @@ one, `model(x)` is the mean of the two. `model.features(x)` gives the representa
 
 import os
 import pathlib
-import pickle
 import re
 import socket
 import sys
 import urllib.parse
 import urllib.request
+import zipfile
 
 import timm
 import torch
@@ -230,9 +230,12 @@ def read_weights(path):
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
     if path.suffix == ".safetensors":
-        from safetensors.torch import load_file  # comes with timm
+        import safetensors.torch  # comes with timm
 
-        state = load_file(path)
+        try:
+            state = safetensors.torch.load_file(path)
+        except safetensors.SafetensorError as e:
+            raise ValueError(f"{path} is not a readable weight file (damaged, or not safetensors)") from e
     else:
         state = torch_load(path)
     for key in ("state", "model", "state_dict"):  # ours, DeiT's own release, Lightning
@@ -400,9 +403,16 @@ def save_checkpoint(path, model, **meta):
 
 
 def torch_load(path):
+    """torch.load with weights_only=True on the CPU; ValueError for what is damaged, a flipped bit included, or no such file."""
     try:
+        if zipfile.is_zipfile(path):  # torch.load does not verify the CRCs that a checkpoint, a zip, holds
+            with zipfile.ZipFile(path) as z:
+                if z.testzip() is not None:
+                    raise ValueError("a checksum is wrong")
         return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, UnicodeDecodeError) as e:
+    except OSError:
+        raise
+    except Exception as e:  # the unpickler raises almost anything on bytes that are not its own
         raise ValueError(f"{path} is not a readable weight file (damaged, or not made by torch.save)") from e
 
 

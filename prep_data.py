@@ -23,7 +23,9 @@ import math
 import multiprocessing
 import os
 import pathlib
+import re
 import sys
+import threading
 import zlib
 
 import numpy as np
@@ -36,12 +38,21 @@ from tqdm import tqdm
 SAMPLE_RATE, N_MELS, SHARD, CHUNK = 16000, 128, 512, 16
 FLOOR = math.log(torch.finfo(torch.float32).eps)  # -15.9424: Kaldi's log-mel of silence
 VERSION = 1  # of the prepared folder
-DATASETS = {  # facts: seconds kept of a clip, and where it comes from
-    "demo": (2, "made on the spot"),
-    "esc10": (5, "https://github.com/karolpiczak/ESC-50"),
-    "esc50": (5, "https://github.com/karolpiczak/ESC-50"),
-    "fsd50k": (10, "https://zenodo.org/record/4060432"),
-    "csv": (10, "your own table: path,labels[,split][,fold]"),
+AUDIO = {
+    ".wav",
+    ".flac",
+    ".ogg",
+    ".oga",
+    ".opus",
+    ".mp3",
+    ".aif",
+    ".aiff",
+    ".au",
+    ".caf",
+    ".w64",
+    ".m4a",
+    ".mp4",
+    ".webm",
 }
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "eval": "eval", "test": "eval", "": ""}
 
@@ -57,6 +68,10 @@ def mel_banks():
 
 @functools.cache
 def resampler(rate):
+    """The transform to 16 kHz, its filter made once. A rate that shares no useful divisor with 16000 would need a filter of
+    gigabytes, so it is taken for the nearest multiple of 25 Hz (0.03 % of pitch at 44.1 kHz)."""
+    if rate * SAMPLE_RATE / math.gcd(rate, SAMPLE_RATE) ** 2 > 2e7:
+        rate = max(25, round(rate / 25) * 25)
     return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
 
 
@@ -82,8 +97,10 @@ def fbank(waveform, sample_rate=SAMPLE_RATE):
 def load_audio(path, seconds):
     """The first `seconds` of an audio file as (samples,) float32 at 16 kHz: channels averaged, then resampled.
 
-    Raises soundfile.LibsndfileError for what it cannot decode, ValueError for no or non-finite samples.
+    Raises soundfile.LibsndfileError for what it cannot decode, FileNotFoundError, ValueError for no or non-finite samples.
     """
+    if not os.path.exists(path):
+        raise FileNotFoundError("no such file")
     with soundfile.SoundFile(path) as f:
         rate = f.samplerate
         x = f.read(math.ceil((seconds + 0.1) * rate), dtype="float32", always_2d=True).mean(
@@ -105,28 +122,40 @@ def read_table(path, columns):
     """The rows of a CSV file with at least these columns, as dictionaries."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: is --root the right folder?")
-    with open(path, newline="", encoding="utf-8-sig") as f:
-        rows = csv.DictReader(f)
-        lacking = [c for c in columns if c not in (rows.fieldnames or [])]
-        if lacking:
-            raise ValueError(f"{path} has no column '{lacking[0]}': its first line must name {', '.join(columns)}")
-        return list(rows)
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as f:
+            rows = csv.DictReader(f)
+            lacking = [c for c in columns if c not in (rows.fieldnames or [])]
+            if lacking:
+                raise ValueError(f"{path} has no column '{lacking[0]}': its first line must name {', '.join(columns)}")
+            whole = []
+            for row in rows:
+                if None in row or None in row.values():
+                    cells = len(rows.fieldnames)
+                    raise ValueError(f"{path} line {rows.line_num} does not have the {cells} cells of the first line")
+                whole.append(row)
+            return whole
+    except UnicodeDecodeError as e:
+        raise ValueError(f"{path} is not text in UTF-8: save it as such") from e
+
+
+def whole_number(table, line, column, text):
+    if not text.strip().isdecimal():
+        raise ValueError(f"{table} line {line}: {column} '{text}' is not a whole number")
+    return int(text)
 
 
 def esc(root, ten):
     """ESC-50's official layout; ESC-10 is the rows whose esc10 column is True."""
     table = root / "meta" / "esc50.csv"
-    rows = [
-        r
-        for r in read_table(table, ["filename", "fold", "target", "category", "esc10"])
-        if not ten or r["esc10"] == "True"
-    ]
-    names = sorted({(int(r["target"]), r["category"]) for r in rows})
-    index = {target: i for i, (target, _) in enumerate(names)}
-    clips = [
-        (r["filename"], root / "audio" / r["filename"], "", int(r["fold"]), [index[int(r["target"])]]) for r in rows
-    ]
-    return [("", name) for _, name in names], clips
+    names, clips = {}, []
+    for n, r in enumerate(read_table(table, ["filename", "fold", "target", "category", "esc10"]), 2):
+        if not ten or r["esc10"] == "True":
+            target, fold = (whole_number(table, n, c, r[c]) for c in ("target", "fold"))
+            names[target] = r["category"]
+            clips.append((r["filename"], root / "audio" / r["filename"], "", fold, [target]))
+    index = {target: i for i, target in enumerate(sorted(names))}
+    return [("", names[t]) for t in index], [(*c[:4], [index[c[4][0]]]) for c in clips]
 
 
 def fsd50k(root):
@@ -147,13 +176,100 @@ def fsd50k(root):
     return vocabulary, clips
 
 
-def own_table(table, seed=0):
-    """Anybody's table: path,labels[,split][,fold]; a missing split is made, stratified 80/10/10 from `seed`, and said."""
+def audioset(root):
+    """AudioSet's official lists and class_labels_indices.csv in root, the audio anywhere below it, by id.
+
+    Names of files: ID, YID, ID_30.000, ID_30000_40000, any ending. Splits train-balanced, train-unbalanced and eval: split
+    'train' is both training lists. Missing videos are normal: they have no path here and a line in skipped.csv.
+    """
+    classes = [
+        (r["mid"], r["display_name"]) for r in read_table(root / "class_labels_indices.csv", ["mid", "display_name"])
+    ]
+    index = {mid: i for i, (mid, _) in enumerate(classes)}
+    wanted = {}  # id -> (split, labels)
+    for split in ("train-balanced", "train-unbalanced", "eval"):
+        table = root / f"{split.removeprefix('train-')}{'_train' if split != 'eval' else ''}_segments.csv"
+        if not table.is_file():
+            if split != "train-unbalanced":
+                raise FileNotFoundError(f"{table} is missing: is --root the right folder?")
+            print(f"{table.name} is not there: preparing the balanced part only")
+            continue
+        with open(table, newline="") as f:
+            for n, r in enumerate(csv.reader(f, skipinitialspace=True), 1):
+                if r and not r[0].startswith("#"):
+                    labels = [index.get(mid) for mid in r[3].split(",")] if len(r) == 4 else [None]
+                    if None in labels:
+                        raise ValueError(
+                            f"{table} line {n}: not 'id, start, end, \"classes of class_labels_indices.csv\"'"
+                        )
+                    if r[0] in wanted:
+                        raise ValueError(f"{table} line {n}: '{r[0]}' is listed already")
+                    wanted[r[0]] = split, sorted(labels)
+    found = {}
+    for folder, _, files in os.walk(root):
+        for file in files:
+            stem, ending = os.path.splitext(file)
+            if ending.lower() in AUDIO:
+                once = re.sub(r"_[\d.]+$", "", stem)
+                names = [stem, once, re.sub(r"_[\d.]+$", "", once)]
+                name = next((k for n in names for k in (n, n.removeprefix("Y")) if k in wanted), None)
+                path = os.path.join(folder, file)
+                if name is not None and path < found.get(name, "\U0010ffff"):  # of several copies the first in order
+                    found[name] = path
+    counts = collections.Counter(split for split, _ in wanted.values())
+    have = collections.Counter(wanted[name][0] for name in found)
+    print("; ".join(f"{s}: {have[s]} of {n} listed videos are there" for s, n in counts.items()))
+    return classes, [(k, found.get(k), split, "", labels) for k, (split, labels) in wanted.items()]
+
+
+def class_folders(root):
+    """A folder of class-named folders, audio at any depth below them; above them may stand train, val and eval folders."""
+    tops = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    split_of = {p: SPLITS[p.name.lower()] for p in tops if p.name.lower() in SPLITS}
+    if split_of and len(split_of) < len(tops):
+        raise ValueError(
+            f"{root} holds folders of splits ({next(iter(split_of)).name}) beside others: sort them one way"
+        )
+    groups = [(split, p) for top, split in split_of.items() for p in sorted(top.iterdir()) if p.is_dir()] or [
+        ("", p) for p in tops
+    ]
+    names = sorted({p.name for _, p in groups})
+    index = {name: i for i, name in enumerate(names)}
+    clips, other = [], 0
+    for split, folder in groups:
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            if path.suffix.lower() in AUDIO:
+                clips.append([path.relative_to(root).as_posix(), path, split, "", [index[folder.name]]])
+            else:
+                other += 1
+    if len(names) < 2 or not clips:
+        raise ValueError(
+            f"{root} holds no class folders with audio: expected {root}/CLASS/*.wav, or a table (--root clips.csv)"
+        )
+    print(
+        f"{root}: {len(clips)} clips in {len(names)} class folders" + (f"; {other} files are no audio" if other else "")
+    )
+    if not split_of:
+        make_split(clips, len(names), root)
+    return [("", name) for name in names], [tuple(c) for c in clips]
+
+
+def make_split(clips, n_classes, source, seed=0):
+    """Give clips without split or fold a stratified 80/10/10 split, and say so."""
+    for clip, split in zip(clips, stratify([c[4] for c in clips], n_classes, seed)):
+        clip[2] = split
+    print(
+        f"{source} has neither split nor fold: made a stratified 80/10/10 split from seed {seed} (written to clips.csv)"
+    )
+
+
+def own_table(table):
+    """Anybody's table: path,labels[,split][,fold]; a missing split is made, stratified 80/10/10, and said."""
     rows = read_table(table, ["path", "labels"])
-    if not rows:
-        raise ValueError(f"{table} has no rows")
-    labels = [sorted({v.strip() for v in r["labels"].split(";") if v.strip()}) for r in rows]
+    labels = [sorted({v.strip() for v in (r["labels"] or "").split(";") if v.strip()}) for r in rows]
     names = sorted({v for row in labels for v in row})
+    if len(names) < 2:
+        raise ValueError(f"{table} names {len(names)} classes in its column 'labels': two or more are needed")
     index = {v: i for i, v in enumerate(names)}
     labels = [[index[v] for v in row] for row in labels]
     clips, seen = [], {}
@@ -172,11 +288,7 @@ def own_table(table, seed=0):
         if 0 < len(empty) < len(clips):
             raise ValueError(f"{table} line {empty[0]}: no {column}, though other lines have one")
     if clips[0][2] == "" and clips[0][3] == "":
-        for clip, split in zip(clips, stratify(labels, len(names), seed)):
-            clip[2] = split
-        print(
-            f"{table} has neither split nor fold: made a stratified 80/10/10 split from seed {seed} (written to clips.csv)"
-        )
+        make_split(clips, len(names), table)
     return [("", name) for name in names], [tuple(c) for c in clips]
 
 
@@ -265,26 +377,45 @@ def demo(root, counts=(("train", 240), ("val", 60), ("eval", 120))):
     return own_table(root / "clips.csv")
 
 
+DATASETS = {  # facts: seconds kept of a clip, how to list the clips, where they come from
+    "demo": (2, demo, "made on the spot"),
+    "esc10": (5, functools.partial(esc, ten=True), "https://github.com/karolpiczak/ESC-50"),
+    "esc50": (5, functools.partial(esc, ten=False), "https://github.com/karolpiczak/ESC-50"),
+    "fsd50k": (10, fsd50k, "https://zenodo.org/record/4060432"),
+    "audioset": (10, audioset, "the lists from research.google.com/audioset, and the audio that you have of them"),
+    "csv": (
+        10,
+        lambda root: class_folders(root) if root.is_dir() else own_table(root),
+        "a table, or a folder of folders",
+    ),
+}
+
+
 # ------------------------------------------------------------------------------------------------------- preparation
 
 
-def replace(path, text):
-    """Write a text file so that it is whole or absent."""
+def replace(path, write):
+    """Call write(open text file) and put the result in place: `path` is whole or absent."""
     temporary = path.with_name(f".{path.name}.tmp")
     with open(temporary, "w", newline="", encoding="utf-8") as f:
-        f.write(text) if isinstance(text, str) else f.writelines(text)
+        write(f)
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
 
 
-class _Line:  # csv.writer writes to anything with a write(); here it gives the line back
-    write = staticmethod(lambda s: s)
-
-
 def write_csv(path, header, rows):
-    line = csv.writer(_Line, lineterminator="\n").writerow
-    replace(path, (line(r) for r in [header, *rows]))
+    replace(path, lambda f: csv.writer(f, lineterminator="\n").writerows([header, *rows]))
+
+
+def write_json(path, content):
+    replace(path, lambda f: json.dump(content, f, indent=1))
+
+
+def die_with_parent():
+    """Runs in each worker: ends it when the preparation is killed, or it would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def work(shard, at, paths, n_frames, seconds):
@@ -307,13 +438,20 @@ def work(shard, at, paths, n_frames, seconds):
     return found
 
 
-def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
+def prepare(out, source, classes, clips, task=None, seconds=10, workers=None, strict=False):
     """Write data/<name>/: shards from `workers` processes, then the tables. What is finished already is kept.
 
     The list of clips fixes every clip's row, so the bytes depend neither on the workers nor on an interruption. Raises
-    ValueError if `out` holds another preparation, or if more than 5 % of the clips could not be read (all others are kept).
+    ValueError if `out` holds another preparation, or if more than 5 % of the clips (`strict`: any) could not be read; what
+    could is kept.
     """
     out, n_frames = pathlib.Path(out), round(seconds * 100)
+    missing, clips = [c for c in clips if c[1] is None], [c for c in clips if c[1] is not None]
+    if not clips:
+        raise ValueError(f"{source}: no clips, the tables are empty or no audio was found")
+    ids = collections.Counter(c[0] for c in clips)
+    if len(ids) < len(clips):
+        raise ValueError(f"{source}: clip '{max(ids, key=ids.get)}' is listed {max(ids.values())} times")
     most = max(len(c[4]) for c in clips)
     task = task or ("multi-label" if most > 1 or not all(c[4] for c in clips) else "single-label")
     if task == "single-label" and not all(len(c[4]) == 1 for c in clips):
@@ -321,7 +459,7 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
         raise ValueError(f"--task single-label, but clip '{bad[0]}' has {len(bad[4])} labels")
     if n_frames < 16:
         raise ValueError(f"--clip-seconds {seconds} is too short: use 0.16 or more")
-    splits, folds = collections.Counter(c[2] for c in clips), collections.Counter(c[3] for c in clips)
+    splits, folds = collections.Counter(c[2].split("-")[0] for c in clips), collections.Counter(c[3] for c in clips)
     if "" not in splits and not (splits["train"] and splits["eval"]):
         raise ValueError(
             f"no clip has split '{'eval' if splits['train'] else 'train'}': training and scoring need both"
@@ -351,7 +489,7 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
     if (out / "stats.json").exists():
         print(f"{out} is complete: nothing to do")
         return out
-    replace(out / "unfinished.json", json.dumps(facts))
+    write_json(out / "unfinished.json", facts)
     for old in out.glob(".fbank-*"):
         old.unlink()
 
@@ -373,13 +511,12 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
             bar.update(len(future.result()))
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-            crc = functools.reduce(lambda c, block: zlib.crc32(block, c), iter(lambda: f.read(1 << 22), b""), 0)
-        replace(shard_path(s).with_suffix(".json"), json.dumps({"crc": crc, "found": found}))
+        write_json(shard_path(s).with_suffix(".json"), {"crc": crc32(temporary), "found": found})
         os.replace(temporary, shard_path(s))  # last: a shard that exists is complete
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["prep_data"])
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent) as pool:
         try:
             for s in todo:
                 rows = clips[s * SHARD : (s + 1) * SHARD]
@@ -406,8 +543,9 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
                 skipped.append([clip[0], clip[1], found])
             else:
                 kept.append([row, *clip[:4], ";".join(map(str, clip[4])), *found])
-    write_csv(out / "skipped.csv", ["id", "path", "reason"], skipped)
-    if len(skipped) > 0.05 * len(clips):
+    absent = [[c[0], "", f"not there ({c[2]})"] for c in missing]  # of AudioSet, where that is normal
+    write_csv(out / "skipped.csv", ["id", "path", "reason"], skipped + absent)
+    if len(skipped) > (0 if strict else 0.05 * len(clips)):
         raise ValueError(
             f"{len(skipped)} of {len(clips)} clips could not be read, the first: {skipped[0][1]}: {skipped[0][2]}; all are named in "
             f"{out / 'skipped.csv'}. The rest is kept: mend the files, remove {out}, and prepare again"
@@ -415,7 +553,7 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
     write_csv(out / "classes.csv", ["index", "mid", "display_name"], [[i, *c] for i, c in enumerate(classes)])
     write_csv(out / "clips.csv", ["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"], kept)
     facts |= {"clips": len(kept), "skipped": len(skipped), "crc32": crcs}
-    replace(out / "stats.json", json.dumps(facts, indent=1))
+    write_json(out / "stats.json", facts)
     (out / "unfinished.json").unlink()
     for s in range(n_shards):
         shard_path(s).with_suffix(".json").unlink(missing_ok=True)
@@ -436,7 +574,7 @@ class FbankDataset(torch.utils.data.Dataset):
 
     ds[i] -> (x (T, 128) float32 log-mel in nats, not normalised, zero after the clip's end; y (C,) float32 in {0, 1}).
     ds.fetch(indices) -> the same for a batch, float16 and with the clips' own frame counts: what training uses.
-    Also: classes (names), task, n_frames, ids, mean and std (nats) of this split's own frames, has_val.
+    AudioSet's 'train' is both its lists, 'train-balanced' the small one. Also: classes (names), task, n_frames, ids, mean and std (nats) of this split's own frames, has_val.
     Raises FileNotFoundError or ValueError for a folder that is not complete, or a split or fold that it does not have.
     """
 
@@ -460,7 +598,11 @@ class FbankDataset(torch.utils.data.Dataset):
             for r in lines:
                 folds.add(r[4])
                 splits.add(r[3])
-                if (r[3] == split) if fold is None else ((r[4] == str(fold)) == (split == "eval")):
+                if fold is None:  # 'train' is also train-balanced and train-unbalanced
+                    chosen = r[3] == split or r[3].startswith(f"{split}-")
+                else:
+                    chosen = (r[4] == str(fold)) == (split == "eval")
+                if chosen:
                     rows.append((int(r[0]), r[1], r[5], int(r[6]), float(r[7]), float(r[8])))
         folds, splits = sorted(folds - {""}, key=int), sorted(splits - {""})
         if fold is None and not splits:
@@ -487,7 +629,17 @@ class FbankDataset(torch.utils.data.Dataset):
         missing = [f"fbank-{s:05d}.npy" for s in range(n_shards) if not (self.root / f"fbank-{s:05d}.npy").is_file()]
         if missing:
             raise FileNotFoundError(f"{self.root} is not complete: {missing[0]} is missing; prepare it again")
-        self.shards = [np.load(self.root / f"fbank-{s:05d}.npy", mmap_mode="r") for s in range(n_shards)]
+        self.shards = [self._open(s) for s in range(n_shards)]
+
+    def _open(self, s):
+        path = self.root / f"fbank-{s:05d}.npy"
+        try:
+            shard = np.load(path, mmap_mode="r")
+        except (ValueError, EOFError) as e:
+            raise ValueError(f"{path} is damaged: remove {self.root} and prepare it again") from e
+        if shard.dtype != np.float16 or shard.shape[1:] != (self.n_frames, N_MELS):
+            raise ValueError(f"{path} holds {shard.dtype} {shard.shape}, not float16 clips of {self.n_frames} frames")
+        return shard
 
     def __len__(self):
         return len(self.rows)
@@ -590,54 +742,86 @@ def normalise(x, mean, std):
     return (x - mean) / (2 * std)
 
 
+def check(out):
+    """Verify a prepared folder: every byte of its shards, every row of its table. ValueError says what to do."""
+    again = f"remove {out} and prepare it again"
+    stats = json.loads((out / "stats.json").read_text()) if (out / "stats.json").is_file() else None
+    if stats is None:
+        raise FileNotFoundError(f"{out} is not complete: run prep_data.py with --out {out}")
+    if stats.get("version") != VERSION:
+        raise ValueError(f"{out} is of version {stats.get('version')}, this code reads {VERSION}: {again}")
+    rows = read_table(out / "clips.csv", ["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"])
+    n_classes = len(read_table(out / "classes.csv", ["index", "mid", "display_name"]))
+    of_shard = collections.defaultdict(list)
+    for r in rows:
+        of_shard[int(r["row"]) // SHARD].append(r)
+    for s, crc in enumerate(tqdm(stats["crc32"], unit="shard")):
+        path = out / f"fbank-{s:05d}.npy"
+        if not path.is_file() or crc32(path) != crc:
+            raise ValueError(f"{path} is {'damaged' if path.is_file() else 'missing'}: {again}")
+        shard = np.load(path, mmap_mode="r")
+        if shard.dtype != np.float16 or shard.shape[1:] != (stats["n_frames"], N_MELS) or not np.isfinite(shard).all():
+            raise ValueError(f"{path} does not hold finite float16 (clips, {stats['n_frames']}, {N_MELS}): {again}")
+        for r in of_shard.pop(s, []):
+            place, n, labels = int(r["row"]) % SHARD, int(r["n_frames"]), r["labels"].split(";") if r["labels"] else []
+            if place >= len(shard) or not 0 < n <= stats["n_frames"] or shard[place, n:].any():
+                raise ValueError(
+                    f"{out / 'clips.csv'}: clip '{r['id']}' does not match its row {r['row']} of {path.name}: {again}"
+                )
+            if (
+                any(not 0 <= int(k) < n_classes for k in labels)
+                or abs(shard[place, :n].mean(dtype=float) - float(r["mean"])) > 1e-6
+            ):
+                raise ValueError(f"{out / 'clips.csv'}: clip '{r['id']}' has wrong labels or a wrong mean: {again}")
+    if of_shard:
+        raise ValueError(
+            f"{out / 'clips.csv'} names rows of fbank-{min(of_shard):05d}.npy, which is not there: {again}"
+        )
+    print(f"{out} is sound: {len(rows)} clips, {len(stats['crc32'])} shards, {n_classes} classes, {stats['task']}")
+
+
+def crc32(path):
+    with open(path, "rb") as f:
+        return functools.reduce(lambda c, block: zlib.crc32(block, c), iter(lambda: f.read(1 << 22), b""), 0)
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("dataset", choices=DATASETS)
-    p.add_argument(
-        "--root", type=pathlib.Path, help="where the raw data is (csv: the table itself); demo: where to write it"
-    )
+    p.add_argument("dataset", nargs="?", choices=DATASETS)
+    p.add_argument("--root", type=pathlib.Path, help="the raw data; csv: a table, or a folder of class-named folders")
     p.add_argument("--out", type=pathlib.Path, help="the prepared folder (default: data/DATASET)")
     p.add_argument("--workers", type=int, help="processes (default: one for each core)")
     p.add_argument(
-        "--clip-seconds", type=float, help="seconds kept of each clip, shorter ones are padded (default: %(default)s)"
+        "--clip-seconds", type=float, help="kept of each clip, shorter ones are padded (default: 10; ESC: 5; demo: 2)"
     )
     p.add_argument(
         "--task",
         choices=["multi-label", "single-label"],
         help="csv: default multi-label if any clip has several labels",
     )
+    p.add_argument(
+        "--strict", action="store_true", help="an unreadable clip is an error (default: more than 5 percent are)"
+    )
+    p.add_argument("--check", type=pathlib.Path, metavar="DIR", help="verify a prepared folder, prepare nothing")
     a = p.parse_args()
-    out, seconds = a.out or pathlib.Path("data") / a.dataset, a.clip_seconds or DATASETS[a.dataset][0]
+    if (a.dataset is None) == (a.check is None):
+        p.error(f"name a dataset ({', '.join(DATASETS)}), or --check DIR")
+    if a.check:
+        return check(a.check)
+    seconds, from_table = DATASETS[a.dataset][:2]
+    seconds, out = a.clip_seconds if a.clip_seconds is not None else seconds, a.out or pathlib.Path("data") / a.dataset
     if a.workers is not None and a.workers < 1:
         raise ValueError(f"--workers {a.workers}: give 1 or more")
-    if a.dataset == "demo":
-        root = a.root or out.with_name(out.name + "-audio")
-    elif a.root is None:
-        raise ValueError(f"{a.dataset} needs --root, a copy of the data on disk (from {DATASETS[a.dataset][1]})")
-    elif not a.root.exists():
-        raise FileNotFoundError(f"--root {a.root} does not exist")
-    else:
-        root = a.root
-    classes, clips = {
-        "demo": demo,
-        "esc10": functools.partial(esc, ten=True),
-        "esc50": functools.partial(esc, ten=False),
-        "fsd50k": fsd50k,
-        "csv": own_table,
-    }[a.dataset](root.absolute())
-    prepare(
-        out,
-        a.dataset,
-        classes,
-        clips,
-        a.task or (None if a.dataset == "csv" else task_of(a.dataset)),
-        seconds,
-        a.workers,
-    )
-
-
-def task_of(dataset):
-    return "single-label" if dataset.startswith("esc") else "multi-label"
+    if not 0.16 <= seconds <= 3600:
+        raise ValueError(f"--clip-seconds {seconds:g} is out of range [0.16, 3600]")
+    root = a.root or (out.with_name(out.name + "-audio") if a.dataset == "demo" else None)
+    if root is None:
+        raise ValueError(f"{a.dataset} needs --root, a copy of the data on disk ({DATASETS[a.dataset][2]})")
+    if a.dataset != "demo" and not root.exists():
+        raise FileNotFoundError(f"--root {root} does not exist")
+    classes, clips = from_table(root.absolute())
+    task = a.task or {"csv": None, "esc10": "single-label", "esc50": "single-label"}.get(a.dataset, "multi-label")
+    prepare(out, a.dataset, classes, clips, task, seconds, a.workers, a.strict)
 
 
 if __name__ == "__main__":

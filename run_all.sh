@@ -3,7 +3,7 @@
 # print the table. What is finished is skipped, so the same command goes on after an interruption; the first failure stops it.
 #
 #   bash run_all.sh demo                                     # synthetic, ten minutes on two cores
-#   ROOT=/data/ESC-50 bash run_all.sh esc50                  # also esc10, fsd50k
+#   ROOT=/data/ESC-50 bash run_all.sh esc50                  # also esc10, fsd50k, audioset, audioset-bal
 #   GPUS=8 SEEDS="0 1 2" ROOT=/data/FSD50K bash run_all.sh fsd50k
 #   bash run_all.sh data/machines                            # a folder that prep_data.py wrote
 #
@@ -20,6 +20,7 @@
 #   EPOCHS, LR_CNN, LR_AST, BATCH_CNN, BATCH_AST             the recipe table of train_teacher.py
 #   GPUS            processes on this machine                1
 #   WORKERS         processes of the preparation             one for each core
+#   RECIPE          a row of the recipe table                the data set's
 #   KEEP_EPOCHS     1: keep ep-NN.pt after averaging         0
 #   PYTHON          the interpreter                          python
 set -euo pipefail
@@ -30,10 +31,11 @@ HERE=$(cd "$(dirname "$0")" && pwd)
 PYTHON=${PYTHON:-$(command -v python || command -v python3)}
 case $1 in
   -h | --help) usage 0 ;;
-  demo | esc10 | esc50 | fsd50k) NAME=$1 DATA=data/$1 ;;
+  demo | esc10 | esc50 | fsd50k | audioset) NAME=$1 DATA=data/$1 ;;
+  audioset-bal) NAME=$1 DATA=data/audioset RECIPE=audioset-bal ;; # one prepared folder serves both
   *)
     if [ ! -f "$1/stats.json" ]; then
-      echo "run_all.sh: '$1' is neither demo, esc10, esc50, fsd50k nor a folder that prep_data.py finished (no stats.json)" >&2
+      echo "run_all.sh: '$1' is neither demo, esc10, esc50, fsd50k, audioset, audioset-bal nor a folder that prep_data.py finished (no stats.json)" >&2
       exit 2
     fi
     DATA=${1%/} NAME=$(basename "$(cd "$1" && pwd)")
@@ -71,6 +73,7 @@ train() { # MODEL [TEACHER...]: train a model, average its epochs, score it
   add --lr "${!lr:-}"
   add --batch-size "${!batch:-}"
   add --epochs "${EPOCHS:-}"
+  add --recipe "${RECIPE:-}"
   [ "$fold" = none ] || add --fold "$fold"
   [ "${KEEP_EPOCHS:-0}" = 0 ] || flags+=(--keep-epochs)
   if [ $# -eq 0 ]; then
@@ -90,7 +93,7 @@ train() { # MODEL [TEACHER...]: train a model, average its epochs, score it
 }
 
 if [ ! -f "$DATA/stats.json" ]; then
-  stage "prepare $DATA" "$PYTHON" "$HERE/prep_data.py" "$NAME" --out "$DATA" ${ROOT:+--root "$ROOT"} ${WORKERS:+--workers "$WORKERS"}
+  stage "prepare $DATA" "$PYTHON" "$HERE/prep_data.py" "${DATA#data/}" --out "$DATA" ${ROOT:+--root "$ROOT"} ${WORKERS:+--workers "$WORKERS"}
 fi
 for fold in $FOLDS; do
   for seed in $SEEDS; do

@@ -348,7 +348,7 @@ def finish_run(args, history):
 
 def open_data(args):
     """The training split, and the validation split where there is one (folds and AudioSet have none: no choice is made)."""
-    train = prep_data.FbankDataset(args.data, "train", args.fold)
+    train = prep_data.FbankDataset(args.data, "train-balanced" if args.recipe == "audioset-bal" else "train", args.fold)
     val = prep_data.FbankDataset(args.data, "val") if train.has_val else None
     if val is None and evaluate.ranks()[0] == 0:
         print("no validation split: best.pt is the last epoch")

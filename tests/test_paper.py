@@ -7,7 +7,9 @@ import pytest
 from conftest import ROOT, inside
 
 CNN = "timm-mobilenetv3_small_050"  # as it stands in the name of a run
-BLOCKS = re.findall(r"```bash\n(.*?)```", (ROOT / "README.md").read_text().split("## Reproduce the paper")[1], re.DOTALL)
+BLOCKS = re.findall(
+    r"```bash\n(.*?)```", (ROOT / "README.md").read_text().split("## Reproduce the paper")[1], re.DOTALL
+)
 TITLES = ["teachers", "Table 3", "Table 4", "Table 5", "Table 7", "Table 8", "Table 9", "Table 13", "Figure 2"]
 
 
