@@ -1,6 +1,7 @@
 import contextlib
 import importlib
 import io
+import os
 import pathlib
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import soundfile
 
+os.environ["OMP_NUM_THREADS"] = "1"  # as fast at these sizes, and many times faster where something else runs
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import models
