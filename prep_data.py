@@ -268,8 +268,8 @@ def own_table(table):
     rows = read_table(table, ["path", "labels"])
     labels = [sorted({v.strip() for v in (r["labels"] or "").split(";") if v.strip()}) for r in rows]
     names = sorted({v for row in labels for v in row})
-    if len(names) < 2:
-        raise ValueError(f"{table} names {len(names)} classes in its column 'labels': two or more are needed")
+    if not names:
+        raise ValueError(f"{table} has no {'labels' if rows else 'rows'}")
     index = {v: i for i, v in enumerate(names)}
     labels = [[index[v] for v in row] for row in labels]
     clips, seen = [], {}
