@@ -1,8 +1,9 @@
 """Audio -> data/<name>/: a cache of log-mel spectrograms; and its reader and the augmentations (Sections 3.1 and 3.2).
 
     python prep_data.py demo                                             # synthetic, no download, seconds
-    python prep_data.py esc50 --root /path/to/ESC-50                     # esc10: its ESC-10 part
-    python prep_data.py fsd50k --root /path/with/FSD50K.dev_audio
+    python prep_data.py esc50                                            # downloads 0.6 GB; esc10: its ESC-10 part
+    python prep_data.py fsd50k                                           # downloads 24.7 GB, needs 48 GB of disk
+    python prep_data.py fsd50k --root /path/with/FSD50K.dev_audio        # or a copy that you have
     python prep_data.py csv --root clips.csv --out data/machines         # your own: path,labels[,split][,fold]
 
 The table of `csv` has one clip a row: `path` (absolute, or relative to the table), `labels` joined by ';', and if you
@@ -16,20 +17,29 @@ import argparse
 import collections
 import concurrent.futures
 import csv
+import errno
 import functools
 import hashlib
+import http.client
 import json
 import math
 import multiprocessing
 import os
 import pathlib
 import re
+import shutil
+import ssl
 import sys
 import threading
+import time
+import urllib.error
+import urllib.request
+import zipfile
 import zlib
 
 import numpy as np
 import soundfile
+import stream_unzip
 import torch
 import torchaudio
 from torchaudio.compliance import kaldi
@@ -54,6 +64,41 @@ AUDIO = {
     ".mp4",
     ".webm",
 }
+SECOND = 44100 * 2  # bytes of 44.1 kHz 16-bit mono
+DOWNLOADS = {  # facts: place, clips, top folder of its archives, {folder: (the archive that fills it, bytes unpacked)}
+    "esc50": (
+        "https://github.com/karolpiczak/ESC-50/archive/",
+        2000,
+        "ESC-50-master",
+        {"audio": (["master.zip"], 2000 * 5 * SECOND)},
+    ),
+    "fsd50k": (
+        "https://zenodo.org/records/4060432/files/",
+        51197,
+        None,
+        {
+            "FSD50K.ground_truth": (["FSD50K.ground_truth.zip"], 4_000_000),
+            "FSD50K.dev_audio": (
+                [f"FSD50K.dev_audio.{part}" for part in ("z01", "z02", "z03", "z04", "z05", "zip")],
+                round(80.4 * 3600 * SECOND),
+            ),
+            "FSD50K.eval_audio": (["FSD50K.eval_audio.z01", "FSD50K.eval_audio.zip"], round(27.9 * 3600 * SECOND)),
+        },
+    ),
+}
+MD5 = {  # of what the Zenodo record holds; GitHub makes its archive anew, so it has no stable sum
+    "FSD50K.ground_truth.zip": "ca27382c195e37d2269c4c866dd73485",
+    "FSD50K.dev_audio.z01": "faa7cf4cc076fc34a44a479a5ed862a3",
+    "FSD50K.dev_audio.z02": "8f9b66153e68571164fb1315d00bc7bc",
+    "FSD50K.dev_audio.z03": "1196ef47d267a993d30fa98af54b7159",
+    "FSD50K.dev_audio.z04": "d088ac4e11ba53daf9f7574c11cccac9",
+    "FSD50K.dev_audio.z05": "81356521aa159accd3c35de22da28c7f",
+    "FSD50K.dev_audio.zip": "c480d119b8f7a7e32fdb58f3ea4d6c5a",
+    "FSD50K.eval_audio.z01": "3090670eaeecc013ca1ff84fe4442aeb",
+    "FSD50K.eval_audio.zip": "6fa47636c3a3ad5c7dfeba99f2637982",
+}
+TIMEOUT, WAITS = 60, (1, 2, 4, 8, 16)  # s: of a silent connection, and before the next attempt while nothing new comes
+NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "eval": "eval", "test": "eval", "": ""}
 
 
@@ -377,18 +422,194 @@ def demo(root, counts=(("train", 240), ("val", 60), ("eval", 120))):
     return own_table(root / "clips.csv")
 
 
-DATASETS = {  # facts: seconds kept of a clip, how to list the clips, where they come from
-    "demo": (2, demo, "made on the spot"),
-    "esc10": (5, functools.partial(esc, ten=True), "https://github.com/karolpiczak/ESC-50"),
-    "esc50": (5, functools.partial(esc, ten=False), "https://github.com/karolpiczak/ESC-50"),
-    "fsd50k": (10, fsd50k, "https://zenodo.org/record/4060432"),
-    "audioset": (10, audioset, "the lists from research.google.com/audioset, and the audio that you have of them"),
-    "csv": (
-        10,
-        lambda root: class_folders(root) if root.is_dir() else own_table(root),
-        "a table, or a folder of folders",
-    ),
+DATASETS = {  # facts: seconds kept of a clip, how to list the clips
+    "demo": (2, demo),
+    "esc10": (5, functools.partial(esc, ten=True)),
+    "esc50": (5, functools.partial(esc, ten=False)),
+    "fsd50k": (10, fsd50k),
+    "audioset": (10, audioset),
+    "csv": (10, lambda root: class_folders(root) if root.is_dir() else own_table(root)),
 }
+ROOTS = {  # what --root must be where nothing can be downloaded
+    "audioset": "AudioSet cannot be downloaded: a folder with balanced_train_segments.csv, unbalanced_train_segments.csv, "
+    "eval_segments.csv and class_labels_indices.csv of research.google.com/audioset, and anywhere below it the audio that "
+    "you have, named by id: ID.wav, YID.wav, ID_30.000.flac, ID_30000_40000.wav",
+    "csv": "a table, or a folder of class-named folders",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------- downloads
+
+
+def ask(url, method="GET", have=0):
+    """The server's reply to url, from byte `have` on. Zenodo refuses Python's own name (403), so this gives another."""
+    headers = {"User-Agent": "cmkd-prep-data/1.0"} | ({"Range": f"bytes={have}-"} if have else {})
+    return urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=TIMEOUT)
+
+
+def size_of(path):
+    return path.stat().st_size if path.exists() else 0
+
+
+def content_length(url):
+    """The bytes that the server announces for url; 0 if it does not tell, and then the download will say why."""
+    try:
+        with ask(url, "HEAD") as reply:
+            return int(reply.headers.get("Content-Length") or 0)
+    except NETWORK:
+        return 0
+
+
+def transfer(url, part):
+    """Go on with the file `part` until all of url is in it. Raises one of NETWORK if that fails."""
+    have = size_of(part)
+    try:
+        with ask(url, have=have) as reply:
+            goes_on = reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")  # else all of it comes
+            length = int(reply.headers.get("Content-Length") or 0)
+            with open(part, "ab" if goes_on else "wb") as f:
+                start, total = f.tell(), length and f.tell() + length
+                with tqdm(desc=part.stem, initial=start, total=total or None, unit="B", unit_scale=True) as bar:
+                    while block := reply.read(1 << 16):
+                        bar.update(f.write(block))
+                if f.tell() < total:
+                    raise ConnectionError(f"cut after {f.tell()} of {total} bytes")
+    except urllib.error.HTTPError as e:
+        if e.code != 416:  # 416: nothing is left to send
+            raise
+
+
+def fetch(url, path):
+    """Download url to path through path.part, going on with what is there: a file named path is whole and verified.
+
+    Raises ValueError for another MD5 (the file is removed), ConnectionError if the server or the network does not give it.
+    """
+    part, md5 = path.with_name(f"{path.name}.part"), MD5.get(path.name)
+    best, failures = size_of(part), 0
+    while not path.exists():
+        try:
+            transfer(url, part)
+            with open(part, "rb") as f:
+                found = hashlib.file_digest(f, "md5").hexdigest() if md5 else zipfile.is_zipfile(f)
+            if found == (md5 or True):
+                return os.replace(part, path)
+            part.unlink()
+            if not md5:
+                raise ConnectionError("what came is no whole zip archive")
+            way_out = "run the same command again, or, if that does not help, give --root a copy of the data"
+            raise ValueError(f"{url} came with MD5 {found}, not {md5}, and was removed: {way_out}")
+        except NETWORK as e:
+            reason = str(e) or type(e).__name__
+            best, failures = (size_of(part), 0) if size_of(part) > best else (best, failures)
+            refused = isinstance(e, urllib.error.HTTPError) and e.code < 500 and e.code != 429
+            if refused or failures == len(WAITS):
+                way_out = "run the same command again, it goes on where it was, or give --root a copy of the data"
+                raise ConnectionError(f"{url} cannot be fetched ({reason}): {way_out}") from e
+            print(f"{path.name}: {reason}; trying again in {WAITS[failures]} s")
+            time.sleep(WAITS[failures])
+            failures += 1
+
+
+def members(parts):
+    """(name, blocks of bytes) of each member of a zip archive, its CRC checked; a split archive is z01, z02, ..., zip."""
+
+    def joined():
+        for path in parts:
+            with open(path, "rb") as f:
+                if path == parts[0] and f.read(4) not in (b"PK\7\10", b"PK00"):  # a split archive begins with a mark
+                    f.seek(0)
+                yield from iter(lambda: f.read(1 << 20), b"")
+
+    if len(parts) > 1:
+        for name, _, blocks in stream_unzip.stream_unzip(joined()):
+            yield name.decode("utf-8", "replace"), blocks
+        return
+    with zipfile.ZipFile(parts[0]) as archive:
+        for info in archive.infolist():
+            with archive.open(info) as f:
+                yield info.filename, iter(lambda: f.read(1 << 20), b"")
+
+
+def unpack(parts, root, top, size):
+    """Unpack a zip archive below root without its folder `top`, about `size` bytes: each file is whole or absent, a link
+    is a plain file. ValueError for a damaged archive, or for a member that would leave root."""
+    temporary = root / ".unpacking"
+    try:
+        with tqdm(desc=f"unpacking {parts[-1].name}", total=size, unit="B", unit_scale=True) as bar:
+            for name, blocks in members(parts):
+                steps = name.replace("\\", "/").split("/")
+                if not steps[0] or any(step == ".." or ":" in step for step in steps):
+                    raise ValueError(f"{parts[-1]} holds '{name}', which would leave {root}: do not trust this archive")
+                with open(temporary, "wb") as f:
+                    for block in blocks:
+                        bar.update(f.write(block))
+                if steps[-1]:  # else a folder
+                    target = root.joinpath(*steps[steps[0] == top :])
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(temporary, target)
+    except (stream_unzip.UnzipError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:
+        reason = str(e) or type(e).__name__
+        raise ValueError(f"{parts[-1]} is damaged ({reason}): remove all its parts, run the same command again") from e
+    temporary.unlink(missing_ok=True)
+
+
+def check_disk(source, root, todo, seconds):
+    """Print what the archives in `todo` and the prepared clips need of the disk; OSError if it has less."""
+    url, n_clips = DOWNLOADS[source][:2]
+    need = held = coming = 0
+    for folder, (parts, size) in todo.items():
+        here = archive = 0
+        for path in (root / name for name in parts):
+            whole, half = size_of(path), size_of(path.with_name(f"{path.name}.part"))
+            here += whole or half
+            archive += whole or max(half, content_length(url + path.name) or size // len(parts))
+        unpacked = sum(p.stat().st_size for p in (root / folder).rglob("*") if p.is_file())
+        coming += archive - here
+        held += archive - here + max(0, size - unpacked)
+        need = max(need, held)
+        held -= archive  # removed before the next comes
+    need = max(need, held + n_clips * round(seconds * 100) * N_MELS * 2)
+    free = shutil.disk_usage(root).free
+    has = f"{need / 1e9:.1f} GB of free disk in {root}, which has {free / 1e9:.1f} GB"
+    print(f"{source}: {coming / 1e9:.1f} GB to fetch from {url}; unpacked and prepared it needs {has}")
+    if need > free:
+        raise OSError(f"{source} needs {has}: free some, or give --out on a larger disk")
+
+
+def download(source, root, seconds):
+    """Fetch a data set from its official place, unpack it into root and remove the archives; what is done is kept.
+
+    NAME.part is a part of an archive, NAME a whole and verified one; FOLDER.unpacked says that its archive is done.
+    Raises OSError if disk, network or server do not allow it, ValueError if what came is not what it should be.
+    """
+    url, n_clips, top, archives = DOWNLOADS[source]
+    root.mkdir(parents=True, exist_ok=True)
+    done = {folder: root / f"{folder}.unpacked" for folder in archives}
+    todo = {folder: archive for folder, archive in archives.items() if not done[folder].exists()}
+    if todo:
+        check_disk(source, root, todo, seconds)
+    try:
+        for folder, (parts, size) in archives.items():
+            paths = [root / name for name in parts]
+            if folder in todo:
+                for path in paths:
+                    fetch(url + path.name, path)
+                unpack(paths, root, top, size)
+                os.sync()
+                replace(done[folder], lambda f: f.write("unpacked, its archive removed\n"))
+                print(f"{root / folder} is unpacked, its archive is removed")
+            for path in paths:
+                path.unlink(missing_ok=True)
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"the disk of {root} is full: free some, the same command goes on where it was") from e
+    _, clips = DATASETS[source][1](root)
+    absent = [c[1] for c in clips if not c[1].is_file()]
+    if absent or len(clips) != n_clips:
+        what = f"{absent[0]} is missing" if absent else f"its tables name {len(clips)} clips, not {n_clips}"
+        raise ValueError(f"{root} is not all of {source} ({what}): remove it, and run the same command again")
+    return root
 
 
 # ------------------------------------------------------------------------------------------------------- preparation
@@ -788,7 +1009,11 @@ def crc32(path):
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("dataset", nargs="?", choices=DATASETS)
-    p.add_argument("--root", type=pathlib.Path, help="the raw data; csv: a table, or a folder of class-named folders")
+    p.add_argument(
+        "--root",
+        type=pathlib.Path,
+        help="the raw data (default: esc10, esc50, fsd50k are downloaded next to --out); csv: a table or class folders",
+    )
     p.add_argument("--out", type=pathlib.Path, help="the prepared folder (default: data/DATASET)")
     p.add_argument("--workers", type=int, help="processes (default: one for each core)")
     p.add_argument(
@@ -808,16 +1033,20 @@ def main():
         p.error(f"name a dataset ({', '.join(DATASETS)}), or --check DIR")
     if a.check:
         return check(a.check)
-    seconds, from_table = DATASETS[a.dataset][:2]
+    seconds, from_table = DATASETS[a.dataset]
     seconds, out = a.clip_seconds if a.clip_seconds is not None else seconds, a.out or pathlib.Path("data") / a.dataset
     if a.workers is not None and a.workers < 1:
         raise ValueError(f"--workers {a.workers}: give 1 or more")
     if not 0.16 <= seconds <= 3600:
         raise ValueError(f"--clip-seconds {seconds:g} is out of range [0.16, 3600]")
-    root = a.root or (out.with_name(out.name + "-audio") if a.dataset == "demo" else None)
-    if root is None:
-        raise ValueError(f"{a.dataset} needs --root, a copy of the data on disk ({DATASETS[a.dataset][2]})")
-    if a.dataset != "demo" and not root.exists():
+    root, source = a.root, "esc50" if a.dataset == "esc10" else a.dataset  # ESC-10 is a part of ESC-50
+    if root is None and a.dataset == "demo":
+        root = out.with_name(out.name + "-audio")
+    elif root is None and source in DOWNLOADS:
+        root = download(source, out.with_name(f"{source}-audio"), seconds)
+    elif root is None:
+        raise ValueError(f"{a.dataset} needs --root, a copy of the data on disk ({ROOTS[a.dataset]})")
+    elif a.dataset != "demo" and not root.exists():
         raise FileNotFoundError(f"--root {root} does not exist")
     classes, clips = from_table(root.absolute())
     task = a.task or {"csv": None, "esc10": "single-label", "esc50": "single-label"}.get(a.dataset, "multi-label")

@@ -8,7 +8,7 @@
 #   bash run_all.sh data/machines                            # a folder that prep_data.py wrote
 #
 # Knobs, by environment:
-#   ROOT            the raw data on disk (not for demo, nor for a prepared folder)
+#   ROOT            the raw data on disk                     esc10, esc50, fsd50k: downloaded to data/NAME-audio
 #   EXP             where runs go                            exp/NAME
 #   CNN, AST        the students                             efficientnet-b2, ast-base (demo: timm:resnet10t, ast-tiny)
 #   CNN_TEACHERS    who teaches the AST                      CNN if that is set; fsd50k: efficientnet-b0 densenet-121

@@ -341,7 +341,8 @@ def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys):
     for args, says in (
         (["fsd50k", "--root", tmp_path], r"dev\.csv is missing.*--root"),
         (["esc10", "--root", tmp_path], r"esc50\.csv is missing.*--root"),
-        (["esc50"], "needs --root"),
+        (["audioset"], r"needs --root.*cannot be downloaded.*eval_segments.csv"),
+        (["csv"], "needs --root"),
         (["demo", "--workers", 0], "--workers 0"),
     ):
         with pytest.raises((ValueError, OSError), match=says):
