@@ -337,18 +337,17 @@ def summary(folder):
     text = f"{what}; in percent, mean ± standard deviation over runs\n\n" + "\n".join(rows) + "\n"
     models.atomic_write(folder / "summary.md", lambda p: p.write_text(text, encoding="utf-8"))
     print(text)
-    drawn = draw_curves(folder)
+    drawn = draw_curves(folder, main)
     print(f"wrote {folder / 'summary.md'}" + (f" and {drawn}" if drawn else ""))
 
 
-def draw_curves(folder):
-    """summary.png: the validation score of every run by epoch, with and without KD (as Figure 3)."""
+def draw_curves(folder, score):
+    """summary.png: this score on validation, of every run by epoch, with and without KD (as Figure 3)."""
     curves = {}
     for path in sorted(folder.glob("*/log.jsonl")):
         log = [json.loads(line) for line in path.read_text().splitlines()]
-        key = next((k for k in MAIN_SCORE.values() if log and f"val_{k}" in log[0]), None)
-        if key:
-            curves[path.parent.name] = key, [100 * e[f"val_{key}"] for e in log]
+        if log and f"val_{score}" in log[0]:
+            curves[path.parent.name] = [100 * e[f"val_{score}"] for e in log]
     if not curves:
         return None
     import matplotlib
@@ -357,9 +356,9 @@ def draw_curves(folder):
     from matplotlib import pyplot as plt
 
     fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
-    for name, (_, values) in curves.items():
+    for name, values in curves.items():
         ax.plot(range(1, len(values) + 1), values, "-" if "-from-" in name else "--", label=name)
-    ax.set(xlabel="epoch", ylabel=f"validation {key} (%)")
+    ax.set(xlabel="epoch", ylabel=f"validation {score} (%)")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     models.atomic_write(folder / "summary.png", lambda p: fig.savefig(p, dpi=130))

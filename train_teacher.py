@@ -173,7 +173,7 @@ def batches(data, args, epoch, device, first=0):
 
     def host(step):
         clips = order[step * args.batch_size : (step + 1) * args.batch_size]
-        rng = np.random.default_rng([args.seed, epoch, step])
+        rng = np.random.default_rng([args.seed, epoch, step + 1])  # NumPy pads with zeros: 0 is epoch_order's stream
         d = prep_data.draw(rng, len(clips), len(data), args.mixup, args.freq_mask, args.time_mask, data.n_frames)
         partner = np.where(d["lam"] < 1, d.pop("partner"), clips)[mine]
         a = data.fetch(clips[mine])
