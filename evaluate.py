@@ -259,7 +259,7 @@ def average_run(run, device, keep_epochs=False):
             )
         model, meta = models.load_checkpoint(epochs[args["epochs"]])
         if args["average"] == "val":
-            start, total, best, log = None, None, -1.0, []
+            start, total, best = None, None, -1.0
             data = open_for(meta, "val")
             model.to(device)
             for n, epoch in enumerate(sorted(epochs, reverse=True), 1):
@@ -269,7 +269,6 @@ def average_run(run, device, keep_epochs=False):
                     model, data, device, meta["mean"], meta["std"], label=f"average {epoch}-{args['epochs']}"
                 )
                 score = scores(p, y, data.task)[MAIN_SCORE[data.task]]
-                log.append((epoch, score))
                 if score > best:
                     start, best, state = epoch, score, as_weights(total)
             print(f"{run}: epochs {start}-{args['epochs']} are best on val, {MAIN_SCORE[data.task]} {100 * best:.2f}")
@@ -301,8 +300,9 @@ def summary(folder):
         raise ValueError(f"{folder} holds no metrics-*-eval.json: score its runs first with --ckpt")
     settings = {g: r for g, r in groups.items() if not g.startswith("ensemble-")}
     for run in groups.keys() - settings.keys():  # an ensemble stands in the line of its setting
-        own = re.sub(r"(-fold\d+)$", "", run.removeprefix("ensemble-"))
-        settings.setdefault(own, {})["ensemble"] = [r for found in list(groups[run].values())[-1:] for r in found]
+        settings.setdefault(run.removeprefix("ensemble-"), {})["ensemble"] = [
+            r for found in list(groups[run].values())[-1:] for r in found
+        ]
 
     def cell(found, key):
         values = [100 * f[key] for f in found if f[key] is not None]

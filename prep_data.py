@@ -1,8 +1,8 @@
 """Audio -> data/<name>/: a cache of log-mel spectrograms; and its reader and the augmentations (Sections 3.1 and 3.2).
 
     python prep_data.py demo                                             # synthetic, no download, seconds
-    python prep_data.py esc50                                            # downloads 0.6 GB; esc10: its ESC-10 part
-    python prep_data.py fsd50k                                           # downloads 24.7 GB, needs 48 GB of disk
+    python prep_data.py esc50                                            # downloads it; esc10: its ESC-10 part
+    python prep_data.py fsd50k                                           # downloads it, says first what disk it needs
     python prep_data.py fsd50k --root /path/with/FSD50K.dev_audio        # or a copy that you have
     python prep_data.py csv --root clips.csv --out data/machines         # your own: path,labels[,split][,fold]
 
@@ -795,7 +795,8 @@ class FbankDataset(torch.utils.data.Dataset):
 
     ds[i] -> (x (T, 128) float32 log-mel in nats, not normalised, zero after the clip's end; y (C,) float32 in {0, 1}).
     ds.fetch(indices) -> the same for a batch, float16 and with the clips' own frame counts: what training uses.
-    AudioSet's 'train' is both its lists, 'train-balanced' the small one. Also: classes (names), task, n_frames, ids, mean and std (nats) of this split's own frames, has_val.
+    Also: classes (names), task, n_frames, ids, mean and std (nats) of this split's own frames, has_val. AudioSet's 'train'
+    is both its lists, 'train-balanced' the small one.
     Raises FileNotFoundError or ValueError for a folder that is not complete, or a split or fold that it does not have.
     """
 

@@ -261,6 +261,8 @@ def resume(args, model, optimizer):
     optimizer.load_state_dict(last["optimizer"])
     history, step = last["history"], last["step"]
     if len(history) >= args.epochs:
+        if not (args.out / "curve.png").exists():
+            finish_run(args, history)
         print(f"{args.out} is trained already ({args.epochs} epochs); remove it to train again")
         sys.exit(0)
     print(f"going on from {args.out / 'last.pt'}: epoch {len(history) + 1}, step {step}")
@@ -310,8 +312,8 @@ def finish_epoch(args, model, optimizer, val, device, meta, history, entry):
     if best:
         models.save_checkpoint(args.out / "best.pt", model, **meta)
     meta.pop("epoch")
-    save_last(args, model, optimizer, meta, history)
     models.atomic_write(args.out / "log.jsonl", lambda p: p.write_text("".join(json.dumps(e) + "\n" for e in history)))
+    save_last(args, model, optimizer, meta, history)  # last of all: until it is there, the epoch is done again
     score = (
         f"  val {evaluate.MAIN_SCORE[val.task]} {100 * entry['val_score']:.2f}{' *' if best else ''}"
         if val is not None

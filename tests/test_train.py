@@ -222,7 +222,8 @@ def test_interrupted_runs_go_on_to_the_same_weights(teacher, multi, tmp_path):
     # a run that stopped before its first epoch was done starts anew; its end is the same
     assert "going on" not in inside("train_teacher.py", *flags)
     assert same(weights(tmp_path / "run" / "last.pt"), last["state"])
-    assert "trained already" in inside("train_teacher.py", *flags)
+    (tmp_path / "run" / "curve.png").unlink()  # killed after the last epoch was saved
+    assert "trained already" in inside("train_teacher.py", *flags) and (tmp_path / "run" / "curve.png").exists()
     assert first["epoch"] == 1
     said = inside("train_teacher.py", *flags[:-2], "--batch-size", 6)
     assert "batch_size 12 -> 6" in said
@@ -422,3 +423,23 @@ def test_run_all_does_everything_once(folds, tmp_path):
     again = run_all()
     assert again.returncode == 0 and again.stdout.count("trained already") == 4 and "=== evaluate" not in again.stdout
     assert written == {p: p.stat().st_mtime_ns for run in runs for p in (exp / run).glob("*.pt")}
+
+
+def test_the_log_is_never_behind_the_weights(multi, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "sys.argv", ["train_teacher.py", "--data", str(multi), "--model", CNN, "--out", str(tmp_path), *map(str, TINY)]
+    )
+    save = train_teacher.save_last
+
+    def save_and_die(*args, **more):
+        save(*args, **more)
+        raise RuntimeError("killed")
+
+    monkeypatch.setattr(train_teacher, "save_last", save_and_die)
+    with pytest.raises(RuntimeError, match="killed"):
+        train_teacher.main()
+    assert (
+        len((tmp_path / "log.jsonl").read_text().splitlines())
+        == len(models.read_checkpoint(tmp_path / "last.pt")["history"])
+        == 1
+    )
