@@ -105,19 +105,47 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 # ------------------------------------------------------------------------------------------------------------ features
 
 
+def bands(matrix, width=32):
+    """A mostly zero (rows, columns) matrix as [(first row, block)]: `width` columns each, the zero rows around them cut."""
+    found = []
+    for block in matrix.split(width, 1):
+        used = block.any(1).nonzero()
+        found.append((used[0].item(), block[used[0] : used[-1] + 1].contiguous()))
+    return found
+
+
+def times(x, bands):
+    """x @ matrix, of bands(matrix)."""
+    return torch.cat([x[:, row : row + len(block)] @ block for row, block in bands], 1)
+
+
 @functools.cache
 def mel_banks():
     banks, _ = kaldi.get_mel_banks(N_MELS, 512, float(SAMPLE_RATE), 20.0, 0.0, 100.0, -500.0, 1.0)
-    return banks.T.contiguous()  # (256, 128)
+    return bands(banks.T)  # (256, 128)
 
 
 @functools.cache
 def resampler(rate):
-    """The transform to 16 kHz, its filter made once. A rate that shares no useful divisor with 16000 would need a filter of
-    gigabytes, so it is taken for the nearest multiple of 25 Hz (0.03 % of pitch at 44.1 kHz)."""
+    """(samples,) at `rate` Hz -> at 16 kHz: torchaudio's Resample, its filter made once and, where it is long, without
+    most of its zeros (from 44.1 kHz two times faster, to the same bits).
+
+    A rate that shares no useful divisor with 16000 would need a filter of gigabytes, so it is taken for the nearest
+    multiple of 25 Hz (0.03 % of pitch at 44.1 kHz).
+    """
     if rate * SAMPLE_RATE / math.gcd(rate, SAMPLE_RATE) ** 2 > 2e7:
         rate = max(25, round(rate / 25) * 25)
-    return torchaudio.transforms.Resample(rate, SAMPLE_RATE)
+    whole = torchaudio.transforms.Resample(rate, SAMPLE_RATE)
+    old, new, width = rate // whole.gcd, SAMPLE_RATE // whole.gcd, whole.width
+    if new < 32:
+        return whole
+    phases = bands(whole.kernel[:, 0].T)  # (old + 2 width, new): a block of old samples and what is around it -> new
+
+    def resample(x):
+        blocks = torch.nn.functional.pad(x, (width, width + old)).unfold(0, old + 2 * width, old)
+        return times(blocks, phases).flatten()[: math.ceil(new * len(x) / old)]
+
+    return resample
 
 
 def fbank(waveform, sample_rate=SAMPLE_RATE):
@@ -132,11 +160,15 @@ def fbank(waveform, sample_rate=SAMPLE_RATE):
         x = resampler(sample_rate)(x)
     if len(x) < 400:
         return x.new_zeros(0, N_MELS)
-    frames = x.unfold(0, 400, 160)  # (frames, 400)
-    frames = frames - frames.mean(1, keepdim=True)
-    frames = frames - 0.97 * torch.cat([frames[:, :1], frames[:, :-1]], 1)
-    power = torch.fft.rfft(frames * torch.hann_window(400, periodic=False), 512).abs().square()  # (frames, 257)
-    return (power[:, :256] @ mel_banks()).clamp(min=torch.finfo(torch.float32).eps).log()
+    window, eps = torch.hann_window(400, periodic=False), torch.finfo(torch.float32).eps
+    mels = []
+    for frames in x.unfold(0, 400, 160).split(256):  # (256, 400) at a time: it stays in the processor's cache
+        frames = frames - frames.mean(1, keepdim=True)
+        frames = frames - 0.97 * torch.cat([frames[:, :1], frames[:, :-1]], 1)
+        spectrum = torch.fft.rfft(frames * window, 512)[:, :256]
+        power = spectrum.real.square() + spectrum.imag.square()  # (256, 256)
+        mels.append(times(power, mel_banks()).clamp(min=eps).log())
+    return torch.cat(mels)
 
 
 def load_audio(path, seconds):
@@ -148,9 +180,10 @@ def load_audio(path, seconds):
         raise FileNotFoundError("no such file")
     with soundfile.SoundFile(path) as f:
         rate = f.samplerate
-        x = f.read(math.ceil((seconds + 0.1) * rate), dtype="float32", always_2d=True).mean(
-            1
-        )  # a margin for the filter
+        if not 1000 <= rate <= 768000:
+            raise ValueError(f"a sample rate of {rate} Hz")
+        x = f.read(math.ceil((seconds + 0.1) * rate), dtype="float32")  # with a margin for the filter
+    x = x if x.ndim == 1 else x.mean(1)
     if not len(x):
         raise ValueError("no samples")
     if not np.isfinite(x).all():
@@ -633,15 +666,16 @@ def write_json(path, content):
     replace(path, lambda f: json.dump(content, f, indent=1))
 
 
-def die_with_parent():
-    """Runs in each worker: ends it when the preparation is killed, or it would wait for work for ever."""
+def begin_worker():
+    """Runs first in each worker: ends it when the preparation is killed, or it would wait for work for ever."""
+    torch.set_num_threads(1)
+    np.empty(31 << 20, np.uint8)  # one large block, freed at once: from here glibc keeps the memory that a clip frees
     parent = multiprocessing.parent_process()
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def work(shard, at, paths, n_frames, seconds):
     """Fill rows at.. of a shard under construction from these files; [(frames, mean, var) or the reason it cannot]."""
-    torch.set_num_threads(1)
     out = np.lib.format.open_memmap(shard, mode="r+")
     found = []
     for row, path in enumerate(paths, at):
@@ -655,7 +689,6 @@ def work(shard, at, paths, n_frames, seconds):
         out[row, : len(x)] = x.numpy()
         wide = x.double()
         found.append((len(x), wide.mean().item(), wide.var(correction=0).item()))
-    out.flush()
     return found
 
 
@@ -735,9 +768,9 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None, st
         write_json(shard_path(s).with_suffix(".json"), {"crc": crc32(temporary), "found": found})
         os.replace(temporary, shard_path(s))  # last: a shard that exists is complete
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["prep_data"])
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=die_with_parent) as pool:
+    # fork, as torch's own DataLoader does on Linux: a worker starts at once, without importing torch again
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker) as pool:
         try:
             for s in todo:
                 rows = clips[s * SHARD : (s + 1) * SHARD]

@@ -1,14 +1,19 @@
 """prep_data.py on data as people have it: AudioSet's lists, class folders, odd files; and --check."""
 
 import json
+import pathlib
+import tracemalloc
 
 import numpy as np
 import pytest
 import soundfile
+import torch
+import torchaudio
 from conftest import inside
 
 import prep_data
 
+META = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "meta"
 RNG = np.random.default_rng(0)
 
 
@@ -92,6 +97,19 @@ def test_audioset_lists_are_checked(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(not META.exists(), reason=f"no AudioSet lists at {META}")
+def test_the_official_audioset_lists(tmp_path, capsys):
+    for name in ("balanced_train_segments.csv", "eval_segments.csv", "class_labels_indices.csv"):
+        (tmp_path / name).symlink_to(META / f"audioset_{name}")
+    for name in ("--4gqARaEJE.wav", "deep/Y--BfvyPmVMo_20.000.flac", "deep/er/-0RWZT-miFs_410000_420000.mp3"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    classes, clips = prep_data.audioset(tmp_path)
+    assert len(classes) == 527 and [c[2] for c in clips].count("eval") == 20371 and len(clips) == 20371 + 22160
+    assert "of 22160 listed" in capsys.readouterr().out
+    assert {c[0] for c in clips if c[1]} == {"--4gqARaEJE", "--BfvyPmVMo", "-0RWZT-miFs"}
+
+
 def test_class_folders(tmp_path):
     for i in range(10):
         sound(tmp_path / "in" / "a dog's bark" / f"{i}.wav")
@@ -128,7 +146,39 @@ def test_odd_rates_and_channels_stay_small_and_right(tmp_path):
         got = prep_data.fbank(prep_data.load_audio(tmp_path / "x.wav", 1))
         loud = want > want.max() - 5  # the tone itself
         assert (got - want)[loud].abs().max() < 0.1
-        assert prep_data.resampler(rate).kernel.numel() < 2e7
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 24000, 32000, 44100, 48000, 96000, 192000])
+def test_resampling_equals_torchaudio(rate):
+    x = torch.randn(rate + 17, generator=torch.Generator().manual_seed(rate))
+    want = torchaudio.transforms.Resample(rate, 16000)(x)
+    torch.testing.assert_close(prep_data.resampler(rate)(x), want, atol=1e-6, rtol=0)
+
+
+def test_long_clips_with_many_channels_take_the_memory_of_what_is_kept(tmp_path):
+    with soundfile.SoundFile(tmp_path / "long.flac", "w", 96000, 8) as f:
+        for _ in range(60):
+            f.write(np.zeros((96000, 8), np.int16))
+    tracemalloc.start()
+    assert len(prep_data.load_audio(tmp_path / "long.flac", 1)) == 16000
+    assert tracemalloc.get_traced_memory()[1] < 2 * 1.1 * 96000 * 8 * 4  # bytes; the whole minute is 184 million
+    tracemalloc.stop()
+
+
+def test_clips_that_are_shorter_than_they_say_or_very_short(tmp_path):
+    x = 0.1 * np.random.default_rng(0).standard_normal(16000 * 4)
+    for ending in ("mp3", "wav", "ogg"):
+        path = tmp_path / f"half.{ending}"
+        soundfile.write(path, x, 16000)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])  # the header still says 4 s
+        assert 10000 < len(prep_data.load_audio(path, 10)) < 40000
+    soundfile.write(tmp_path / "short.wav", x[:480], 16000)
+    soundfile.write(tmp_path / "absurd.wav", x, 2**31 - 1)
+    assert len(prep_data.fbank(prep_data.load_audio(tmp_path / "short.wav", 10))) == 1
+    with pytest.raises(ValueError, match="sample rate of 2147483647 Hz"):
+        prep_data.load_audio(tmp_path / "absurd.wav", 10)
+    silence = prep_data.fbank(np.zeros(1600))
+    assert silence.shape == (8, 128) and (silence == prep_data.FLOOR).all()
 
 
 @pytest.fixture
