@@ -8,6 +8,7 @@ Consistent teaching: teacher and student see the very same augmented spectrogram
 those of train_teacher.py; --teacher and how to weigh it are added. With --lam 1 the weights are train_teacher.py's.
 """
 
+import math
 import time
 
 import torch
@@ -57,11 +58,11 @@ def cmkd_loss(
 
 
 def load_teachers(paths, data, args, device):
-    """Frozen teachers in eval mode: [(model, scale, offset)], [name]. ValueError if one knows other classes, another task,
-    length or fold. scale * x + offset turns the student's normalised input into the teacher's, exactly."""
+    """Frozen teachers in eval mode: [(model, scale, offset)], [name]. ValueError if one knows other classes, another task or
+    fold. scale * x + offset turns the student's normalised input into the teacher's, exactly."""
     teachers, names = [], []
     for path in paths:
-        model, meta = models.load_checkpoint(path)
+        model, meta = models.load_checkpoint(path, data.n_frames)
         evaluate.check_same(f"teacher {path}", meta, data)
         fold = meta["args"].get("fold")
         if fold != args.fold:
@@ -97,7 +98,7 @@ def main():
     if not 0 <= args.lam <= 1:
         raise ValueError(f"--lam {args.lam} is out of range [0, 1]")
     device = evaluate.setup(args.device)
-    data, val = train_teacher.open_data(args)
+    data, val = train_teacher.open_data(args, device)
     train_teacher.resolve(args, data)
     teachers, names = load_teachers(args.teacher, data, args, device)
     if args.tau is None:
@@ -105,7 +106,7 @@ def main():
         args.tau = KD[
             "tau on ESC-50" if args.recipe == "esc50" else "tau from ASTs to a CNN or hybrid" if to_cnn else "tau"
         ]
-    if args.tau <= 0:
+    if not 0 < args.tau < math.inf:
         raise ValueError(f"--tau {args.tau} is out of range: it must be above 0")
     settings = train_teacher.start(args, data, "-from-" + "+".join(n.replace(":", "-") for n in names))
     meta = train_teacher.meta_of(data, settings, teachers=names)
@@ -113,16 +114,17 @@ def main():
     torch.manual_seed(args.seed)
     pretrained = {"no": False, "imagenet": True}.get(args.pretrained, args.pretrained)
     model = models.build_model(args.model, len(data.classes), data.n_frames, pretrained, args.kd_head).to(device)
-    optimizer = train_teacher.make_optimizer(model, args, device)
+    optimizer = train_teacher.make_optimizer(model, args)
     start_epoch, first, totals, history = train_teacher.resume(args, model, optimizer)
     train_teacher.begin_run(args, model, meta, history)
     net = train_teacher.wrap(model, args, device)
 
-    n_steps, saved = train_teacher.steps_of(data, args), time.monotonic()
+    n_steps, saved, asked = train_teacher.steps_of(data, args), time.monotonic(), train_teacher.ask_to_stop()
     for epoch in range(start_epoch, args.epochs + 1):
         began, factor = time.monotonic(), train_teacher.decay_factor(args, epoch, history)
         net.train()
         total = torch.zeros(3, device=device) if totals is None else torch.tensor(totals, device=device)
+        fault = torch.full((), math.inf, device=device)
         with evaluate.progress(n_steps * args.batch_size, "clip", f"epoch {epoch}", first * args.batch_size) as bar:
             for step, (x, y, mixed) in enumerate(train_teacher.batches(data, args, epoch, device, first), first):
                 train_teacher.set_rate(optimizer, args, factor, (epoch - 1) * n_steps + step)
@@ -136,17 +138,22 @@ def main():
                 )
                 optimizer.zero_grad(set_to_none=True)
                 losses[0].backward()
+                fault = train_teacher.first_fault(fault, step, losses[0], model)
                 optimizer.step()
                 total += torch.stack(losses).detach()
                 if bar.update(args.batch_size):
+                    train_teacher.check_fault(fault, args, data, epoch, optimizer)
                     loss, loss_g, loss_d = (total / (step + 1)).tolist()
                     bar.set_postfix(loss=f"{loss:.4f}", truth=f"{loss_g:.4f}", teacher=f"{loss_d:.4f}", refresh=False)
-                if time.monotonic() - saved > train_teacher.RESUME_SECONDS and evaluate.ranks()[0] == 0:
+                if train_teacher.save_due(saved, asked):
+                    train_teacher.check_fault(fault, args, data, epoch, optimizer)
                     train_teacher.save_last(args, model, optimizer, meta, history, step + 1, total)
-                    saved = time.monotonic()
+                    saved = train_teacher.stop_or_go_on(asked, args)
+        train_teacher.check_fault(fault, args, data, epoch, optimizer)
         loss, loss_g, loss_d = total / n_steps
         clips = (n_steps - first) * args.batch_size
-        entry = train_teacher.epoch_entry(args, epoch, optimizer, clips, began, loss=loss, loss_g=loss_g, loss_d=loss_d)
+        parts = {"loss": loss, "loss_g": loss_g, "loss_d": loss_d}
+        entry = train_teacher.epoch_entry(epoch, optimizer, clips, began, device, **parts)
         train_teacher.finish_epoch(args, model, optimizer, val, device, meta, history, entry)
         first, totals, saved = 0, None, time.monotonic()
     train_teacher.finish_run(args, history)

@@ -11,9 +11,11 @@ one, `model(x)` is the mean of the two. `model.features(x)` gives the representa
     python -c "import models; print(models.build_model('ast-tiny', n_classes=200))"
 """
 
+import errno
 import os
 import pathlib
 import re
+import signal
 import socket
 import sys
 import urllib.parse
@@ -52,6 +54,11 @@ def family(name):
 # ---------------------------------------------------------------------------------------------------- architectures
 
 
+def patches(n_frames):
+    """(rows, columns) of 16x16 patches at stride 10: (12, 99) for 10 s"""
+    return (N_MELS - PATCH) // STRIDE + 1, (n_frames - PATCH) // STRIDE + 1
+
+
 class AST(nn.Module):
     """Audio Spectrogram Transformer (Section 2.2). Parameter names are those of the original AST release."""
 
@@ -60,7 +67,7 @@ class AST(nn.Module):
         if n_frames < PATCH:
             raise ValueError(f"AST needs clips of at least {PATCH} frames, not {n_frames}: use a larger --clip-seconds")
         self.n_frames = n_frames
-        self.grid = ((N_MELS - PATCH) // STRIDE + 1, (n_frames - PATCH) // STRIDE + 1)  # (12, 99) for 10 s
+        self.grid = patches(n_frames)
         self.v = timm.create_model(tag, num_classes=0)  # without DeiT's own two heads, which AST does not use
         d = self.v.embed_dim
         self.v.patch_embed.proj = nn.Conv2d(1, d, PATCH, stride=STRIDE)
@@ -314,6 +321,7 @@ def load_pretrained(model, path):
 
 def load_state(model, state, source):
     """load_pretrained on a state dict; `source` names it in messages."""
+    check_finite(state, source)
     own, said = model.state_dict(), []
     if isinstance(model, AST):
         square = "cls_token" in state  # timm's DeiT, of square images; everything else has our 12 rows of patches
@@ -382,6 +390,12 @@ def atomic_write(path, write):
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(
+                f"the disk of {path.parent} is full: free some, the same command goes on from the last save"
+            ) from e
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -399,7 +413,13 @@ def save_checkpoint(path, model, **meta):
     `meta` holds plain Python types only; load with load_checkpoint (which is torch.load with weights_only=True).
     """
     spec = getattr(model, "module", model).spec
-    atomic_write(path, lambda p: torch.save(dict(format=FORMAT, model=spec, state=plain_state(model), **meta), p))
+    content = dict(format=FORMAT, model=spec, state=plain_state(model), **meta)
+
+    def write(p):
+        with open(p, "wb") as f:  # given a path, torch.save hides why it could not write
+            torch.save(content, f)
+
+    atomic_write(path, write)
 
 
 def torch_load(path):
@@ -427,22 +447,41 @@ def read_checkpoint(path):
         raise ValueError(
             f"{path} has format {file['format']}, this version reads {FORMAT}: use the version that wrote it"
         )
+    check_finite(file["state"], path)
     return file
 
 
-def load_checkpoint(path):
-    """-> (model in eval mode on the CPU, meta). Errors as read_checkpoint, and ValueError where the weights do not fit."""
+def check_finite(state, path):
+    broken = [k for k, v in state.items() if v.is_floating_point() and not v.isfinite().all()]
+    if broken:
+        raise ValueError(f"{path} holds weights that are not finite ({broken[0]}): its training diverged")
+
+
+def load_checkpoint(path, n_frames=None):
+    """-> (model in eval mode on the CPU, meta). With `n_frames`, for clips of that many: an AST's positions are resampled.
+    Errors as read_checkpoint, and ValueError where the weights do not fit."""
     meta = read_checkpoint(path)
-    model, state = build_model(**meta["model"]), meta.pop("state")
+    spec, state = meta["model"] | ({"n_frames": n_frames} if n_frames else {}), meta.pop("state")
+    model = build_model(**spec)
     try:
+        if isinstance(model, AST) and spec["n_frames"] != meta["model"]["n_frames"]:
+            state["v.pos_embed"] = resize_positions(
+                state["v.pos_embed"], patches(meta["model"]["n_frames"]), patches(spec["n_frames"])
+            )
         model.load_state_dict(state)
     except RuntimeError as e:
         raise ValueError(f"{path}: its weights do not fit its own model '{meta['model']['name']}'") from e
     return model.eval(), meta
 
 
+def terminated(*_):
+    os.write(2, b"stopped by SIGTERM; the same command goes on from the last save\n")
+    os._exit(143)  # a file is whole or absent at any moment
+
+
 def command_line(main):
     """Run a script's main(): an error that a user can mend is one sentence on stderr and exit code 1."""
+    signal.signal(signal.SIGTERM, terminated)
     try:
         main()
     except (ValueError, OSError) as e:

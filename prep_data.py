@@ -16,8 +16,10 @@ data/<name>/ then holds clips.csv, classes.csv, stats.json, skipped.csv and fban
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import csv
 import errno
+import fcntl
 import functools
 import hashlib
 import http.client
@@ -28,6 +30,7 @@ import os
 import pathlib
 import re
 import shutil
+import signal
 import ssl
 import sys
 import threading
@@ -621,7 +624,7 @@ def download(source, root, seconds):
     todo = {folder: archive for folder, archive in archives.items() if not done[folder].exists()}
     if todo:
         check_disk(source, root, todo, seconds)
-    try:
+    with room(root):
         for folder, (parts, size) in archives.items():
             paths = [root / name for name in parts]
             if folder in todo:
@@ -633,10 +636,6 @@ def download(source, root, seconds):
                 print(f"{root / folder} is unpacked, its archive is removed")
             for path in paths:
                 path.unlink(missing_ok=True)
-    except OSError as e:
-        if e.errno != errno.ENOSPC:
-            raise
-        raise OSError(f"the disk of {root} is full: free some, the same command goes on where it was") from e
     _, clips = DATASETS[source][1](root)
     absent = [c[1] for c in clips if not c[1].is_file()]
     if absent or len(clips) != n_clips:
@@ -648,10 +647,21 @@ def download(source, root, seconds):
 # ------------------------------------------------------------------------------------------------------- preparation
 
 
+@contextlib.contextmanager
+def room(folder):
+    """Names the disk if there is no room on it."""
+    try:
+        yield
+    except OSError as e:
+        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise OSError(f"the disk of {folder} is full: free some, the same command goes on where it was") from e
+        raise
+
+
 def replace(path, write):
     """Call write(open text file) and put the result in place: `path` is whole or absent."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w", newline="", encoding="utf-8") as f:
+    with room(path.parent), open(temporary, "w", newline="", encoding="utf-8") as f:
         write(f)
         f.flush()
         os.fsync(f.fileno())
@@ -662,12 +672,58 @@ def write_csv(path, header, rows):
     replace(path, lambda f: csv.writer(f, lineterminator="\n").writerows([header, *rows]))
 
 
+def checksum(content):
+    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
+
+
 def write_json(path, content):
-    replace(path, lambda f: json.dump(content, f, indent=1))
+    """A dictionary and its checksum, in place atomically; read_json verifies it."""
+    replace(path, lambda f: json.dump(content | {"checksum": checksum(content)}, f, indent=1))
+
+
+def read_json(path, version=None):
+    """What write_json wrote; ValueError if it is of another version, or a byte of it has changed since."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        known = content.pop("checksum", None)
+    except (ValueError, AttributeError, TypeError):
+        content = known = None
+    if content is not None and content.get("version") != version:
+        raise ValueError(
+            f"{path.parent} is of version {content.get('version')}, this code reads {version}: prepare it again"
+        )
+    if content is None or known not in (None, checksum(content)):
+        raise ValueError(f"{path} is damaged, or was edited: its checksum is wrong")
+    return content
+
+
+LOCKS = {}  # folder: descriptor; the system lifts a lock when its process ends, however it ends
+
+
+def lock(folder):
+    """Refuse a folder in which another process works; remove what a killed one left half-written."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(descriptor)
+        raise ValueError(f"{folder} is in use by another process: wait for its end, or give another --out") from e
+    except OSError:  # a file system without locks
+        pass
+    LOCKS[os.path.realpath(folder)] = descriptor
+    for old in pathlib.Path(folder).glob(".*.tmp*"):
+        old.unlink()
+
+
+def unlock(folder):
+    os.close(LOCKS.pop(os.path.realpath(folder)))
 
 
 def begin_worker():
     """Runs first in each worker: ends it when the preparation is killed, or it would wait for work for ever."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for descriptor in LOCKS.values():  # the lock is the parent's
+        os.close(descriptor)
     torch.set_num_threads(1)
     np.empty(31 << 20, np.uint8)  # one large block, freed at once: from here glibc keeps the memory that a clip frees
     parent = multiprocessing.parent_process()
@@ -692,132 +748,139 @@ def work(shard, at, paths, n_frames, seconds):
     return found
 
 
-def prepare(out, source, classes, clips, task=None, seconds=10, workers=None, strict=False):
-    """Write data/<name>/: shards from `workers` processes, then the tables. What is finished already is kept.
-
-    The list of clips fixes every clip's row, so the bytes depend neither on the workers nor on an interruption. Raises
-    ValueError if `out` holds another preparation, or if more than 5 % of the clips (`strict`: any) could not be read; what
-    could is kept.
-    """
-    out, n_frames = pathlib.Path(out), round(seconds * 100)
-    missing, clips = [c for c in clips if c[1] is None], [c for c in clips if c[1] is not None]
+def check_clips(source, clips, task):
+    """The task of a list of clips, given or found; ValueError for a list that cannot be trained on and scored."""
     if not clips:
         raise ValueError(f"{source}: no clips, the tables are empty or no audio was found")
     ids = collections.Counter(c[0] for c in clips)
     if len(ids) < len(clips):
         raise ValueError(f"{source}: clip '{max(ids, key=ids.get)}' is listed {max(ids.values())} times")
-    most = max(len(c[4]) for c in clips)
-    task = task or ("multi-label" if most > 1 or not all(c[4] for c in clips) else "single-label")
-    if task == "single-label" and not all(len(c[4]) == 1 for c in clips):
-        bad = next(c for c in clips if len(c[4]) != 1)
-        raise ValueError(f"--task single-label, but clip '{bad[0]}' has {len(bad[4])} labels")
-    if n_frames < 16:
-        raise ValueError(f"--clip-seconds {seconds} is too short: use 0.16 or more")
+    many = next((c for c in clips if len(c[4]) != 1), None)
+    if task == "single-label" and many:
+        raise ValueError(f"--task single-label, but clip '{many[0]}' has {len(many[4])} labels")
     splits, folds = collections.Counter(c[2].split("-")[0] for c in clips), collections.Counter(c[3] for c in clips)
     if "" not in splits and not (splits["train"] and splits["eval"]):
-        raise ValueError(
-            f"no clip has split '{'eval' if splits['train'] else 'train'}': training and scoring need both"
-        )
+        lacking = "eval" if splits["train"] else "train"
+        raise ValueError(f"no clip has split '{lacking}': training and scoring need both")
     if "" not in folds and len(folds) < 2:
         raise ValueError(f"all clips are in fold {clips[0][3]}: two or more folds are needed")
+    return task or ("multi-label" if many else "single-label")
 
-    facts = {
-        "version": VERSION,
-        "source": source,
-        "task": task,
-        "sample_rate": SAMPLE_RATE,
-        "n_mels": N_MELS,
-        "n_frames": n_frames,
-        "shard": SHARD,
-    }
-    digest = hashlib.sha256(repr([facts, classes]).encode())
-    for clip in clips:
-        digest.update(repr((clip[0], str(clip[1]), *clip[2:])).encode())
-    facts["fingerprint"] = digest.hexdigest()[:16]
-    out.mkdir(parents=True, exist_ok=True)
-    for name in ("stats.json", "unfinished.json"):
-        if (out / name).exists() and json.loads((out / name).read_text()).get("fingerprint") != facts["fingerprint"]:
-            raise ValueError(
-                f"{out} holds another preparation (other clips or settings): give another --out, or remove it"
-            )
-    if (out / "stats.json").exists():
-        print(f"{out} is complete: nothing to do")
-        return out
-    write_json(out / "unfinished.json", facts)
-    for old in out.glob(".fbank-*"):
-        old.unlink()
 
-    def shard_path(s):
-        return out / f"fbank-{s:05d}.npy"
+def make_shard(pool, path, clips, n_frames, seconds):
+    """Give the pool a shard's clips; -> a function that waits for them and puts shard and its notes in place."""
+    temporary = path.with_name(f".{path.name}")
+    np.lib.format.open_memmap(temporary, "w+", np.float16, (len(clips), n_frames, N_MELS))
+    with open(temporary, "rb+") as f:  # a full disk is an error here, not a bus error in a worker
+        os.posix_fallocate(f.fileno(), 0, temporary.stat().st_size)
+    files = [str(c[1]) for c in clips]
+    parts = [(i, files[i : i + CHUNK]) for i in range(0, len(files), CHUNK)]
+    futures = [pool.submit(work, temporary, i, part, n_frames, seconds) for i, part in parts]
 
-    n_shards, workers = math.ceil(len(clips) / SHARD), workers or os.cpu_count()
-    todo = [s for s in range(n_shards) if not shard_path(s).exists()]
-    print(f"{source}: {len(clips)} clips of {seconds:g} s, {len(classes)} classes, {task}; {workers} workers -> {out}")
-    bar = tqdm(
-        total=len(clips), initial=len(clips) - sum(len(clips[s * SHARD : (s + 1) * SHARD]) for s in todo), unit="clip"
-    )
-    pending = collections.deque()
-
-    def finish(s, temporary, futures):
+    def finish(bar):
         found = []
         for future in futures:
             found += future.result()
             bar.update(len(future.result()))
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        write_json(shard_path(s).with_suffix(".json"), {"crc": crc32(temporary), "found": found})
-        os.replace(temporary, shard_path(s))  # last: a shard that exists is complete
+        write_json(path.with_suffix(".json"), {"crc": crc32(temporary), "found": found})
+        os.replace(temporary, path)  # last: a shard that exists is complete
 
-    # fork, as torch's own DataLoader does on Linux: a worker starts at once, without importing torch again
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context, initializer=begin_worker) as pool:
-        try:
-            for s in todo:
-                rows = clips[s * SHARD : (s + 1) * SHARD]
-                temporary = out / f".fbank-{s:05d}.npy"
-                np.lib.format.open_memmap(temporary, "w+", np.float16, (len(rows), n_frames, N_MELS))
-                parts = range(0, len(rows), CHUNK)
-                jobs = [(temporary, i, [str(c[1]) for c in rows[i : i + CHUNK]], n_frames, seconds) for i in parts]
-                pending.append((s, temporary, [pool.submit(work, *job) for job in jobs]))
-                if len(pending) > 1 + workers // 8:
-                    finish(*pending.popleft())
-            while pending:
-                finish(*pending.popleft())
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-    bar.close()
+    return finish
 
+
+def prepare(out, source, classes, clips, task=None, seconds=10, workers=None, strict=False):
+    """Write data/<name>/: shards from `workers` processes, then the tables. What is finished already is kept.
+
+    The list of clips fixes every clip's row, so the bytes depend neither on the workers nor on an interruption. Raises
+    ValueError if `out` holds another preparation or is in use, or if more than 5 % of the clips (`strict`: any) could not
+    be read; what could is kept.
+    """
+    out, n_frames, workers = pathlib.Path(out), round(seconds * 100), workers or os.cpu_count()
+    missing, clips = [c for c in clips if c[1] is None], [c for c in clips if c[1] is not None]
+    task = check_clips(source, clips, task)
+    facts = {"version": VERSION, "source": source, "task": task, "sample_rate": SAMPLE_RATE, "n_mels": N_MELS}
+    facts |= {"n_frames": n_frames, "shard": SHARD}
+    digest = hashlib.sha256(repr([facts, classes]).encode())
+    for clip in clips:
+        digest.update(repr((clip[0], str(clip[1]), *clip[2:])).encode())
+    facts["fingerprint"] = digest.hexdigest()[:16]
+    out.mkdir(parents=True, exist_ok=True)
+    lock(out)
+    try:
+        for name in ("stats.json", "unfinished.json"):
+            if (out / name).exists() and read_json(out / name, VERSION).get("fingerprint") != facts["fingerprint"]:
+                what = "another preparation (other clips or settings)"
+                raise ValueError(f"{out} holds {what}: give another --out, or remove it")
+        if (out / "stats.json").exists():
+            return print(f"{out} is complete: nothing to do")
+        write_json(out / "unfinished.json", facts)
+        for old in out.glob(".fbank-*"):
+            old.unlink()
+        starts = range(0, len(clips), SHARD)
+        shards = {out / f"fbank-{s:05d}.npy": clips[at : at + SHARD] for s, at in enumerate(starts)}
+        todo = [path for path in shards if not path.exists()]
+        done = len(clips) - sum(len(shards[path]) for path in todo)
+        print(
+            f"{source}: {len(clips)} clips of {seconds:g} s, {len(classes)} classes, {task}; {workers} workers -> {out}"
+        )
+        # fork, as torch's own DataLoader does on Linux: a worker starts at once, without importing torch again
+        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+        pool = concurrent.futures.ProcessPoolExecutor(workers, context, begin_worker)
+        waiting = collections.deque()
+        with room(out), pool, tqdm(total=len(clips), initial=done, unit="clip") as bar:
+            try:
+                for path in todo:
+                    waiting.append(make_shard(pool, path, shards[path], n_frames, seconds))
+                    if len(waiting) > 1 + workers // 8:
+                        waiting.popleft()(bar)
+                while waiting:
+                    waiting.popleft()(bar)
+            except concurrent.futures.process.BrokenProcessPool as e:
+                way_out = "run the same command again, with fewer --workers if memory was short"
+                raise ValueError(f"a worker process was killed: {way_out}") from e
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        write_tables(out, facts, classes, shards, missing, strict)
+    finally:
+        unlock(out)
+
+
+def write_tables(out, facts, classes, shards, missing, strict):
+    """The last pass: skipped.csv, classes.csv, clips.csv and stats.json from the notes beside each shard."""
     kept, skipped, crcs = [], [], []
-    for s in range(n_shards):
-        part = json.loads(shard_path(s).with_suffix(".json").read_text())
-        crcs.append(part["crc"])
-        for row, (clip, found) in enumerate(zip(clips[s * SHARD :], part["found"]), s * SHARD):
+    for s, (path, clips) in enumerate(shards.items()):
+        notes = read_json(path.with_suffix(".json"))
+        crcs.append(notes["crc"])
+        for row, (clip, found) in enumerate(zip(clips, notes["found"]), s * SHARD):
             if isinstance(found, str):
                 skipped.append([clip[0], clip[1], found])
             else:
                 kept.append([row, *clip[:4], ";".join(map(str, clip[4])), *found])
     absent = [[c[0], "", f"not there ({c[2]})"] for c in missing]  # of AudioSet, where that is normal
     write_csv(out / "skipped.csv", ["id", "path", "reason"], skipped + absent)
-    if len(skipped) > (0 if strict else 0.05 * len(clips)):
+    first = f"the first: {skipped[0][1]}: {skipped[0][2]}" if skipped else ""
+    n_clips = len(kept) + len(skipped)
+    if len(skipped) > (0 if strict else 0.05 * n_clips):
         raise ValueError(
-            f"{len(skipped)} of {len(clips)} clips could not be read, the first: {skipped[0][1]}: {skipped[0][2]}; all are named in "
-            f"{out / 'skipped.csv'}. The rest is kept: mend the files, remove {out}, and prepare again"
+            f"{len(skipped)} of {n_clips} clips could not be read, {first}; all are named in {out / 'skipped.csv'}. "
+            f"The rest is kept: mend the files, remove {out}, and prepare again"
         )
     write_csv(out / "classes.csv", ["index", "mid", "display_name"], [[i, *c] for i, c in enumerate(classes)])
     write_csv(out / "clips.csv", ["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"], kept)
-    facts |= {"clips": len(kept), "skipped": len(skipped), "crc32": crcs}
-    write_json(out / "stats.json", facts)
+    tables = {name: crc32(out / name) for name in ("classes.csv", "clips.csv")}
+    write_json(
+        out / "stats.json", facts | {"clips": len(kept), "skipped": len(skipped), "crc32": crcs, "tables": tables}
+    )
     (out / "unfinished.json").unlink()
-    for s in range(n_shards):
-        shard_path(s).with_suffix(".json").unlink(missing_ok=True)
+    for path in shards:
+        path.with_suffix(".json").unlink(missing_ok=True)
     if skipped:
-        print(
-            f"skipped {len(skipped)}, named with the reason in {out / 'skipped.csv'}; the first: {skipped[0][1]}: {skipped[0][2]}"
-        )
+        print(f"skipped {len(skipped)}, named with the reason in {out / 'skipped.csv'}; {first}")
     counts = collections.Counter(f"fold {r[4]}" if r[4] != "" else r[3] for r in kept)
     print(f"wrote {out}: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
-    return out
 
 
 # --------------------------------------------------------------------------------------------------------- the reader
@@ -839,11 +902,7 @@ class FbankDataset(torch.utils.data.Dataset):
             half = (self.root / "unfinished.json").exists()
             what = "is not complete (interrupted?)" if half else "is no prepared folder"
             raise FileNotFoundError(f"{self.root} {what}: run prep_data.py with --out {self.root}")
-        self.stats = json.loads((self.root / "stats.json").read_text())
-        if self.stats["version"] != VERSION:
-            raise ValueError(
-                f"{self.root} is of version {self.stats['version']}, this code reads {VERSION}: prepare it again"
-            )
+        self.stats, self.cache = read_stats(self.root), None
         self.source, self.task, self.n_frames = (self.stats[k] for k in ("source", "task", "n_frames"))
         self.classes = [r["display_name"] for r in read_table(self.root / "classes.csv", ["display_name"])]
         with open(self.root / "clips.csv", newline="", encoding="utf-8") as f:
@@ -907,12 +966,25 @@ class FbankDataset(torch.utils.data.Dataset):
         """Clips by index -> x (B, T, 128) float16, n (B,) own frames, labels (B, L) class indices filled up with -1."""
         indices = np.asarray(indices)
         rows = self.rows[indices]
-        x = torch.empty(len(rows), self.n_frames, N_MELS, dtype=torch.float16)
-        shard, place = rows // self.stats["shard"], rows % self.stats["shard"]
-        for s in np.unique(shard):
-            here = shard == s
-            x.numpy()[here] = self.shards[s][place[here]]
-        return (x, torch.from_numpy(self.frames[indices]), torch.from_numpy(self.labels[indices]))
+        if self.cache is not None:
+            where = torch.from_numpy(indices)
+            if self.cache.is_cuda:
+                where = where.pin_memory().to(self.cache.device, non_blocking=True)
+            x = self.cache[where]
+        else:
+            x = torch.empty(len(rows), self.n_frames, N_MELS, dtype=torch.float16)
+            shard, place = rows // self.stats["shard"], rows % self.stats["shard"]
+            for s in np.unique(shard):
+                here = shard == s
+                x.numpy()[here] = self.shards[s][place[here]]
+        return x, torch.from_numpy(self.frames[indices]), torch.from_numpy(self.labels[indices])
+
+    def keep_on(self, device):
+        """Copy the split to a device's memory, 512 clips at a time: from then on `fetch` indexes it there."""
+        cache = torch.empty(len(self), self.n_frames, N_MELS, dtype=torch.float16, device=device)
+        for i in tqdm(range(0, len(self), SHARD), desc=f"clips to {device}", unit="shard", leave=False):
+            cache[i : i + SHARD] = self.fetch(range(i, min(i + SHARD, len(self))))[0]
+        self.cache = cache
 
     def weights(self):
         """Class-balanced sampling weights (n,): sum over a clip's labels of 1 / (count + 0.01), Section 3.2 and PSLA.
@@ -997,14 +1069,22 @@ def normalise(x, mean, std):
     return (x - mean) / (2 * std)
 
 
+def read_stats(root):
+    """stats.json of a prepared folder; ValueError for one of another version, or if a table was changed since."""
+    stats = read_json(root / "stats.json", VERSION)
+    for name, crc in stats.get("tables", {}).items():
+        if not (root / name).is_file() or crc32(root / name) != crc:
+            keep = "to keep an edit, take 'tables' and 'checksum' out of stats.json"
+            raise ValueError(f"{root / name} is damaged or was edited: remove {root} and prepare it again ({keep})")
+    return stats
+
+
 def check(out):
     """Verify a prepared folder: every byte of its shards, every row of its table. ValueError says what to do."""
     again = f"remove {out} and prepare it again"
-    stats = json.loads((out / "stats.json").read_text()) if (out / "stats.json").is_file() else None
-    if stats is None:
+    if not (out / "stats.json").is_file():
         raise FileNotFoundError(f"{out} is not complete: run prep_data.py with --out {out}")
-    if stats.get("version") != VERSION:
-        raise ValueError(f"{out} is of version {stats.get('version')}, this code reads {VERSION}: {again}")
+    stats = read_stats(out)
     rows = read_table(out / "clips.csv", ["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"])
     n_classes = len(read_table(out / "classes.csv", ["index", "mid", "display_name"]))
     of_shard = collections.defaultdict(list)
@@ -1087,7 +1167,13 @@ def main():
     prepare(out, a.dataset, classes, clips, task, seconds, a.workers, a.strict)
 
 
+def terminated(*_):
+    os.write(2, b"stopped by SIGTERM; the same command goes on where it was\n")
+    os._exit(143)  # a file is whole or absent at any moment, and the workers end with their parent
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, terminated)
     try:
         main()
     except (ValueError, OSError) as e:

@@ -10,13 +10,14 @@ exp/<data>/<model>[-fold<K>]-s<seed>/. Interrupted, the same command goes on; fi
 """
 
 import argparse
-import concurrent.futures
 import json
 import math
 import os
 import pathlib
 import shutil
+import signal
 import sys
+import threading
 import time
 
 import numpy as np
@@ -71,6 +72,7 @@ def parser(doc):
     p.add_argument("--time-mask", type=int, help="frames; a mask is narrower than this")
     p.add_argument("--label-smoothing", type=float, default=0.1)
     p.add_argument("--keep-epochs", action="store_true", help="keep ep-NN.pt after weight averaging")
+    p.add_argument("--cache", choices=["device", "disk"], help="where clips are read from (default: a GPU if they fit)")
     p.add_argument("--no-compile", action="store_true", help="CUDA: do not torch.compile")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     p.add_argument("--out", type=pathlib.Path, help="the run's folder")
@@ -100,7 +102,7 @@ def resolve(args, data):
     if args.average == "val" and not data.has_val:
         args.average = args.epochs // 3 + 1
     checks = [
-        ("epochs", args.epochs >= 1), ("lr", args.lr > 0), ("batch_size", args.batch_size >= 1), ("warmup", args.warmup >= 0),
+        ("epochs", args.epochs >= 1), ("lr", 0 < args.lr < math.inf), ("batch_size", args.batch_size >= 1), ("warmup", args.warmup >= 0),
         ("mixup", 0 <= args.mixup <= 1), ("freq_mask", 0 <= args.freq_mask <= 128), ("time_mask", 0 <= args.time_mask <= data.n_frames),
         ("label_smoothing", 0 <= args.label_smoothing < 1), ("seed", args.seed >= 0),
     ]  # fmt: skip
@@ -123,19 +125,21 @@ def start(args, data, suffix=""):
     if args.out is None:
         name = pathlib.Path(os.path.abspath(data.root)).name  # a link keeps its name
         args.out = pathlib.Path("exp", name, f"{args.model.replace(':', '-')}{suffix}{fold}-s{args.seed}")
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "no_compile")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "no_compile", "cache")}
     settings = json.loads(json.dumps(settings | {"data": str(data.root)}))  # tuples become lists
     if evaluate.ranks()[0] == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        prep_data.lock(args.out)
         file = args.out / "args.json"
         if file.exists():
-            old = json.loads(file.read_text())
+            old = prep_data.read_json(file)
             other = [k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k)]
             if other:
                 changes = ", ".join(f"{k} {old.get(k)} -> {settings.get(k)}" for k in sorted(other))
                 raise ValueError(
                     f"{args.out} is a run with other settings ({changes}): give another --out, or remove it"
                 )
-        models.atomic_write(file, lambda p: p.write_text(json.dumps(settings, indent=1)))
+        prep_data.write_json(file, settings)
         print(" ".join(f"{k}={v}" for k, v in settings.items()))
     return settings
 
@@ -180,25 +184,19 @@ def batches(data, args, epoch, device, first=0):
         b = data.fetch(partner) if args.mixup > 0 else a
         tensors = [*a, *b, *(torch.from_numpy(v[mine]) for v in d.values())]
         if device.type == "cuda":
-            tensors = [t.pin_memory() for t in tensors]
+            tensors = [t if t.is_cuda else t.pin_memory() for t in tensors]
         return tensors, list(d), int(rng.integers(2**62))
 
-    with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        steps = range(first, steps_of(data, args))
-        ahead = pool.submit(host, first) if steps else None
-        for step in steps:
-            tensors, names, noise_seed = ahead.result()
-            if step + 1 < steps.stop:
-                ahead = pool.submit(host, step + 1)
-            a, n_a, labels_a, b, n_b, labels_b, *rest = (t.to(device, non_blocking=True) for t in tensors)
-            d = dict(zip(names, rest))
-            mixed = prep_data.mix(a.float(), b.float(), d["lam"], n_a, n_b)
-            noise_source = torch.Generator(device).manual_seed(noise_seed)
-            noise = torch.rand((args.batch_size, *mixed.shape[1:]), device=device, generator=noise_source)[mine]
-            x = prep_data.augment(mixed, d, noise, data.mean, data.std)
-            y_a, y_b = (prep_data.targets(v, C, data.task, args.label_smoothing) for v in (labels_a, labels_b))
-            lam = d["lam"].unsqueeze(1)
-            yield x, lam * y_a + (1 - lam) * y_b, mixed
+    for tensors, names, noise_seed in evaluate.ahead(host, range(first, steps_of(data, args)), device):
+        a, n_a, labels_a, b, n_b, labels_b, *rest = (t.to(device, non_blocking=True) for t in tensors)
+        d = dict(zip(names, rest))
+        mixed = prep_data.mix(a.float(), b.float(), d["lam"], n_a, n_b)
+        noise_source = torch.Generator(device).manual_seed(noise_seed)
+        noise = torch.rand((args.batch_size, *mixed.shape[1:]), device=device, generator=noise_source)[mine]
+        x = prep_data.augment(mixed, d, noise, data.mean, data.std)
+        y_a, y_b = (prep_data.targets(v, C, data.task, args.label_smoothing) for v in (labels_a, labels_b))
+        lam = d["lam"].unsqueeze(1)
+        yield x, lam * y_a + (1 - lam) * y_b, mixed
 
 
 def steps_of(data, args):
@@ -213,8 +211,8 @@ def truth_loss(logits, y, task):
 # ---------------------------------------------------------------------------------------- the optimizer and the run
 
 
-def make_optimizer(model, args, device):
-    return torch.optim.Adam(model.parameters(), args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=device.type == "cuda")
+def make_optimizer(model, args):
+    return torch.optim.Adam(model.parameters(), args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
 
 
 def decay_factor(args, epoch, history):
@@ -240,7 +238,7 @@ def faster(model, args, device):
     if not isinstance(model, models.AST):
         model.to(memory_format=torch.channels_last)
     if device.type == "cuda" and not args.no_compile:
-        model.compile()
+        model.compile(dynamic=False)
     return model
 
 
@@ -269,19 +267,51 @@ def resume(args, model, optimizer):
     return len(history) + 1, step, last["totals"], history
 
 
+def first_fault(fault, step, loss, model):
+    """The first step of the epoch whose loss or gradient was not finite, inf so far: stays on the device, unread."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    return torch.where((loss + norm).isfinite(), fault, fault.clamp(max=step))
+
+
+def check_fault(fault, args, data, epoch, optimizer):
+    """Read that flag; ValueError that names the step's clips. The last checkpoint is older than the fault."""
+    step = fault.item()
+    if step < math.inf:
+        at, order = int(step) * args.batch_size, epoch_order(data, args.seed, epoch, args.balanced)
+        clips = ", ".join(data.ids[i] for i in order[at : at + args.batch_size])
+        raise ValueError(
+            f"loss or gradient was not finite in epoch {epoch}, step {int(step)}, at learning rate "
+            f"{optimizer.param_groups[0]['lr']:.2e} (clips {clips}); {args.out} keeps what was good: "
+            "try a lower --lr with another --out"
+        )
+
+
+def ask_to_stop():
+    """From now on SIGTERM (a pre-emption) only sets this flag, which is read after each step."""
+    asked = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    return asked
+
+
+def save_due(saved, asked):
+    return evaluate.ranks()[0] == 0 and (asked.is_set() or time.monotonic() - saved > RESUME_SECONDS)
+
+
+def stop_or_go_on(asked, args):
+    """After a save in the middle of an epoch: end the process if it was asked to; -> the time of the save."""
+    if asked.is_set():
+        print(f"stopped by SIGTERM; the same command goes on from {args.out / 'last.pt'}", file=sys.stderr, flush=True)
+        os._exit(143)  # other processes may be waiting for this one: torchrun ends them
+    return time.monotonic()
+
+
 def save_last(args, model, optimizer, meta, history, step=0, totals=None):
     totals = None if totals is None else totals.tolist()
-    state = {
-        "optimizer": optimizer.state_dict(),
-        "history": history,
-        "step": step,
-        "totals": totals,
-        "epoch": len(history),
-    }
-    models.save_checkpoint(args.out / "last.pt", model, **meta, **state)
+    run = {"optimizer": optimizer.state_dict(), "history": history, "epoch": len(history), "step": step}
+    models.save_checkpoint(args.out / "last.pt", model, **meta, **run, totals=totals)
 
 
-def epoch_entry(args, epoch, optimizer, clips, began, **losses):
+def epoch_entry(epoch, optimizer, clips, began, device, **losses):
     """The epoch's line of the log; losses are averaged over the ranks."""
     seconds = time.monotonic() - began
     for value in losses.values():
@@ -289,20 +319,19 @@ def epoch_entry(args, epoch, optimizer, clips, began, **losses):
             torch.distributed.all_reduce(value)
     losses = {k: v.item() / evaluate.ranks()[1] for k, v in losses.items()}
     lr = optimizer.param_groups[0]["lr"]
-    return dict(epoch=epoch, lr=lr, **losses, seconds=round(seconds, 2), clips_per_second=round(clips / seconds, 2))
+    speed = {"seconds": round(seconds, 2), "clips_per_second": round(clips / seconds, 2)}
+    return {"epoch": epoch, "lr": lr, **losses, **speed, "peak_gib": round(evaluate.peak_memory(device), 2)}
 
 
 def finish_epoch(args, model, optimizer, val, device, meta, history, entry):
     """Validate, log, and save ep-NN.pt, best.pt and last.pt, in the order in which a kill at any moment loses nothing."""
-    if not math.isfinite(entry["loss"]):
-        raise ValueError(
-            f"the loss became {entry['loss']} in epoch {entry['epoch']}: try a lower --lr (now {args.lr:g})"
-        )
     if val is not None:
         p, y = evaluate.predict(model, val, device, meta["mean"], meta["std"], label="validation")
         found = evaluate.scores(p, y, val.task)
         entry |= {f"val_{k}": found[k] for k in ("mAP", "mAUC", "d_prime", "accuracy")}
         entry["val_score"] = found[evaluate.MAIN_SCORE[val.task]]
+        if not history and evaluate.ranks()[0] == 0:
+            evaluate.say_absent(found["positives"], val)
     best = val is None or entry["val_score"] > max((e["val_score"] for e in history), default=-1.0)
     history.append(entry)
     if evaluate.ranks()[0]:
@@ -314,14 +343,12 @@ def finish_epoch(args, model, optimizer, val, device, meta, history, entry):
     meta.pop("epoch")
     models.atomic_write(args.out / "log.jsonl", lambda p: p.write_text("".join(json.dumps(e) + "\n" for e in history)))
     save_last(args, model, optimizer, meta, history)  # last of all: until it is there, the epoch is done again
-    score = (
-        f"  val {evaluate.MAIN_SCORE[val.task]} {100 * entry['val_score']:.2f}{' *' if best else ''}"
-        if val is not None
-        else ""
-    )
+    score = ""
+    if val is not None:
+        score = f"  val {evaluate.MAIN_SCORE[val.task]} {100 * entry['val_score']:.2f}{' *' if best else ''}"
     print(
         f"epoch {entry['epoch']:2d}/{args.epochs}  loss {entry['loss']:.4f}{score}  lr {entry['lr']:.2e}  "
-        f"{entry['seconds']:.0f} s, {entry['clips_per_second']:.0f} clips/s",
+        f"{entry['seconds']:.0f} s, {entry['clips_per_second']:.0f} clips/s, peak {entry['peak_gib']:.1f} GiB",
         flush=True,
     )
 
@@ -348,12 +375,18 @@ def finish_run(args, history):
     print(f"wrote {args.out}: best.pt, last.pt, ep-NN.pt, log.jsonl, curve.png")
 
 
-def open_data(args):
+def open_data(args, device):
     """The training split, and the validation split where there is one (folds and AudioSet have none: no choice is made)."""
     train = prep_data.FbankDataset(args.data, "train-balanced" if args.recipe == "audioset-bal" else "train", args.fold)
     val = prep_data.FbankDataset(args.data, "val") if train.has_val else None
-    if val is None and evaluate.ranks()[0] == 0:
-        print("no validation split: best.pt is the last epoch")
+    need, on_gpu = len(train) * train.n_frames * prep_data.N_MELS * 2, device.type == "cuda"
+    if args.cache == "device" or (not args.cache and on_gpu and need < 0.4 * torch.cuda.mem_get_info(device)[0]):
+        train.keep_on(device)
+    if evaluate.ranks()[0] == 0:
+        where = "disk, through the page cache" if train.cache is None else f"{device.type} memory"
+        print(f"{len(train)} training clips, {need / 2**30:.2f} GiB, are read from {where}")
+        if val is None:
+            print("no validation split: best.pt is the last epoch")
     return train, val
 
 
@@ -375,23 +408,24 @@ def begin_run(args, model, meta, history):
 def main():
     args = parser(__doc__).parse_args()
     device = evaluate.setup(args.device)
-    data, val = open_data(args)
+    data, val = open_data(args, device)
     settings = start(resolve(args, data), data)
     meta = meta_of(data, settings)
 
     torch.manual_seed(args.seed)
     pretrained = {"no": False, "imagenet": True}.get(args.pretrained, args.pretrained)
     model = models.build_model(args.model, len(data.classes), data.n_frames, pretrained).to(device)
-    optimizer = make_optimizer(model, args, device)
+    optimizer = make_optimizer(model, args)
     start_epoch, first, totals, history = resume(args, model, optimizer)
     begin_run(args, model, meta, history)
     net = wrap(model, args, device)
 
-    n_steps, saved = steps_of(data, args), time.monotonic()
+    n_steps, saved, asked = steps_of(data, args), time.monotonic(), ask_to_stop()
     for epoch in range(start_epoch, args.epochs + 1):
         began, factor = time.monotonic(), decay_factor(args, epoch, history)
         net.train()
         total = torch.zeros((), device=device) if totals is None else torch.tensor(totals, device=device)
+        fault = torch.full((), math.inf, device=device)
         with evaluate.progress(n_steps * args.batch_size, "clip", f"epoch {epoch}", first * args.batch_size) as bar:
             for step, (x, y, _) in enumerate(batches(data, args, epoch, device, first), first):
                 set_rate(optimizer, args, factor, (epoch - 1) * n_steps + step)
@@ -400,14 +434,19 @@ def main():
                 loss = truth_loss(logits.float(), y, data.task)
                 optimizer.zero_grad(set_to_none=True)
                 loss.backward()
+                fault = first_fault(fault, step, loss, model)
                 optimizer.step()
                 total += loss.detach()
                 if bar.update(args.batch_size):
+                    check_fault(fault, args, data, epoch, optimizer)
                     bar.set_postfix(loss=f"{total.item() / (step + 1):.4f}", refresh=False)
-                if time.monotonic() - saved > RESUME_SECONDS and evaluate.ranks()[0] == 0:
+                if save_due(saved, asked):
+                    check_fault(fault, args, data, epoch, optimizer)
                     save_last(args, model, optimizer, meta, history, step + 1, total)
-                    saved = time.monotonic()
-        entry = epoch_entry(args, epoch, optimizer, (n_steps - first) * args.batch_size, began, loss=total / n_steps)
+                    saved = stop_or_go_on(asked, args)
+        check_fault(fault, args, data, epoch, optimizer)
+        clips = (n_steps - first) * args.batch_size
+        entry = epoch_entry(epoch, optimizer, clips, began, device, loss=total / n_steps)
         finish_epoch(args, model, optimizer, val, device, meta, history, entry)
         first, totals, saved = 0, None, time.monotonic()
     finish_run(args, history)

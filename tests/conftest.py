@@ -14,6 +14,19 @@ os.environ["OMP_NUM_THREADS"] = "1"  # as fast at these sizes, and many times fa
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import models
+import prep_data
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: minutes; only run by -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if item not in slow]
+
 
 KINDS = ("high", "low", "noise")
 
@@ -45,6 +58,8 @@ def inside(script, *args):
             return stop.code
     finally:
         sys.argv = argv
+        for folder in list(prep_data.LOCKS):  # as the end of a process does
+            prep_data.unlock(folder)
     return said.getvalue()
 
 

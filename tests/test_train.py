@@ -244,6 +244,7 @@ def test_a_run_killed_in_the_middle_of_an_epoch_goes_on_bit_for_bit(teacher, mul
     monkeypatch.setattr(train_teacher, "save_last", save_and_die)
     with pytest.raises(RuntimeError, match="killed"):
         train_teacher.main()
+    prep_data.unlock(tmp_path / "run")
     cut = models.read_checkpoint(tmp_path / "run" / "last.pt")
     assert (len(cut["history"]), cut["step"]) == (1, 2)
     said = command(*flags)
