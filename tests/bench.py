@@ -1,16 +1,19 @@
 """The one place for speed claims: ours beside the usual way, in one run on one machine, as ratios.
 
-    python tests/bench.py                # all of it; --quick for a tenth of the sizes
-    python tests/bench.py prep scale     # some of it
+    python tests/bench.py                            # all of it on the CPU, about a quarter of an hour; --quick: small sizes
+    python tests/bench.py steps growth               # some of it
+    python tests/bench.py --device cuda              # not run yet
 
-Writes bench.json to the working folder. These machines are noisy: every ratio is the median over alternating pairs.
+Prints a table and writes bench.json to the working folder. These machines are noisy: what is compared is measured in turn,
+step by step, and a ratio is that of the medians.
 """
 
 import argparse
 import csv
 import json
+import os
 import pathlib
-import resource
+import platform
 import statistics
 import subprocess
 import sys
@@ -19,22 +22,48 @@ import time
 
 import numpy as np
 import soundfile
+import timm
 import torch
 import torchaudio
+import transformers
 from sklearn.metrics import average_precision_score, roc_auc_score
+from torch.utils.flop_counter import FlopCounterMode
 from torchaudio.compliance import kaldi
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import distill
 import evaluate
+import models
 import prep_data
 import train_teacher
 
+CLASSES = 200
+HF_SIZES = {"ast-tiny": (192, 3), "ast-small": (384, 6), "ast-base": (768, 12)}  # width, heads
+ON_CPU = {"models": ("ast-tiny", "efficientnet-b0"), "pairs": (("efficientnet-b0", "ast-tiny"), ("ast-tiny", "efficientnet-b0"))}  # fmt: skip
+ON_CUDA = {"models": tuple(models.MODELS), "pairs": (("efficientnet-b0", "ast-base"), ("ast-tiny", "efficientnet-b2"))}
 
-def seconds(f, *args):
+
+def seconds(f, *args, device=None):
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize()
     began = time.perf_counter()
     f(*args)
+    if device is not None and device.type == "cuda":
+        torch.cuda.synchronize()
     return time.perf_counter() - began
+
+
+def in_turn(functions, rounds, device):
+    """{name: median seconds} of functions called in turn, after one call that is not counted."""
+    times = {name: [] for name in functions}
+    for n in range(rounds + 1):
+        for name, f in functions.items():
+            times[name].append(seconds(f, device=device))
+    return {name: statistics.median(t[1:]) for name, t in times.items()}
+
+
+# ------------------------------------------------------------------------------------------------- data
 
 
 def usual_loop(paths, seconds_kept):
@@ -47,9 +76,9 @@ def usual_loop(paths, seconds_kept):
         )
 
 
-def bench_prep(rows, scale, folder):
+def bench_prep(row, quick, device, folder):
     """Clips a second of prep_data.py with two workers, its start included, against the usual loop, on 44.1 kHz WAV."""
-    n, rng = round(6000 * scale), np.random.default_rng(0)
+    n, rng = 600 if quick else 6000, np.random.default_rng(0)
     (folder / "audio").mkdir()
     paths = [folder / "audio" / f"{i}.wav" for i in range(n)]
     for i, path in enumerate(paths):
@@ -60,94 +89,245 @@ def bench_prep(rows, scale, folder):
     table = [[path, "ab"[i % 2], ("train", "eval")[i % 2]] for i, path in enumerate(paths)]
     prep_data.write_csv(folder / "t.csv", ["path", "labels", "split"], table)
     line = [sys.executable, ROOT / "prep_data.py", "csv", "--root", folder / "t.csv", "--workers", "2", "--out"]
-    ratios = []
+    loops, ours = [], []
     for pair in range(3):
-        loop = n // 4 / seconds(usual_loop, paths[: n // 4], 10)
+        loops.append(n // 4 / seconds(usual_loop, paths[: n // 4], 10))
         out = folder / f"out{pair}"
-        ours = n / seconds(lambda out=out: subprocess.run([*line, out], check=True, capture_output=True))
-        ratios.append(ours / loop)
-    peer = f"{loop:.0f} clips/s, the usual loop"
-    rows.append((f"preparation, {n} clips of 10 s, 44.1 kHz", f"{ours:.0f} clips/s", peer, statistics.median(ratios)))
+        ours.append(n / seconds(lambda out=out: subprocess.run([*line, out], check=True, capture_output=True)))
+    ours, loop = statistics.median(ours), statistics.median(loops)
+    row(f"preparation, {n} clips of 10 s at 44.1 kHz, clips/s", ours, "the usual loop", loop, ours / loop)
 
 
-def bench_scale(rows, scale, folder):
-    """Opening a prepared folder of 2 million clips, and drawing an epoch's order of them."""
-    n = round(2_000_000 * scale)
+def fake_folder(folder, n, shards, classes=CLASSES, split="train"):
+    """A prepared folder of n clips of 10 s with random log-mels in `shards` files, or with none (only its tables)."""
     rng = np.random.default_rng(0)
-    facts = {
-        "version": prep_data.VERSION,
-        "source": "audioset",
-        "task": "multi-label",
-        "sample_rate": 16000,
-        "n_mels": 128,
-    }
-    facts |= {"n_frames": 1000, "shard": prep_data.SHARD, "crc32": []}
+    facts = {"version": prep_data.VERSION, "source": "fsd50k", "task": "multi-label", "sample_rate": 16000}
+    facts |= {"n_mels": 128, "n_frames": 1000, "shard": prep_data.SHARD, "crc32": [0] * shards}
     prep_data.write_json(folder / "stats.json", facts)
-    prep_data.write_csv(
-        folder / "classes.csv", ["index", "mid", "display_name"], [[i, f"/m/{i}", f"class {i}"] for i in range(527)]
-    )
-    labels = rng.integers(0, 527, (n, 3))
+    names = [[i, f"/m/{i}", f"class {i}"] for i in range(classes)]
+    prep_data.write_csv(folder / "classes.csv", ["index", "mid", "display_name"], names)
+    labels = rng.integers(0, classes, (n, 3))
     with open(folder / "clips.csv", "w", newline="") as f:
         lines = csv.writer(f, lineterminator="\n")
         lines.writerow(["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"])
         for i in range(n):
             own = ";".join(map(str, labels[i, : 1 + i % 3]))
             lines.writerow(
-                [
-                    i,
-                    f"id{i:09d}",
-                    f"/data/audio/id{i:09d}.wav",
-                    "train-unbalanced",
-                    "",
-                    own,
-                    998,
-                    -5.123456789,
-                    16.123456789,
-                ]
+                [i, f"id{i:09d}", f"/data/audio/id{i:09d}.wav", split, "", own, 998, -5.123456789, 16.12345678]
             )
-    began = time.perf_counter()
-    data = prep_data.FbankDataset(folder, "train")
-    took = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    rows.append((f"opening clips.csv of {n} rows", f"{took:.1f} s", f"{peak:.1f} GiB, the process's peak", None))
-    rows.append(
-        (
-            "an epoch's order of them, class-balanced",
-            f"{seconds(train_teacher.epoch_order, data, 0, 1, True):.2f} s",
-            "",
-            None,
+    for s in range(shards):
+        x = rng.standard_normal((min(n - s * prep_data.SHARD, prep_data.SHARD), 1000, 128), np.float32)
+        np.save(folder / f"fbank-{s:05d}.npy", x.astype(np.float16))
+    return folder
+
+
+def bench_scale(row, quick, device, folder):
+    """Opening a prepared folder of 2 million clips in a process of its own, and drawing an epoch's order of them."""
+    n = 200_000 if quick else 2_000_000
+    fake_folder(folder, n, 0, 527, "train-unbalanced")
+    code = f"""
+import resource, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+import prep_data, train_teacher
+began = time.perf_counter()
+data = prep_data.FbankDataset({str(folder)!r}, "train")
+opened = time.perf_counter()
+train_teacher.epoch_order(data, 0, 1, True)
+print(opened - began, time.perf_counter() - opened, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
+"""
+    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    opened, order, peak = map(float, done.stdout.split())
+    row(f"opening clips.csv of {n} rows, s (at most 20)", opened)
+    row("  the process's peak memory, GiB (at most 3)", peak)
+    row("  an epoch's class-balanced order of them, s (at most 2)", order)
+
+
+def bench_input(row, quick, device, folder):
+    """What feeds a step: reading rows, and mixing and augmenting them on the device."""
+    n, B = 512 if quick else 2048, 12
+    data = prep_data.FbankDataset(fake_folder(folder, n, -(-n // prep_data.SHARD)), "train")
+    rng = np.random.default_rng(0)
+    order = rng.permutation(n)
+
+    def read():
+        for i in range(0, n, B):
+            data.fetch(order[i : i + B])
+
+    row("reading rows in random order, clips/s", n / in_turn({"": read}, 3, device)[""])
+    x, frames, _ = (v.to(device) for v in data.fetch(order[:B]))
+    d = prep_data.draw(rng, B, n)
+    d = {k: torch.from_numpy(v).to(device) for k, v in d.items()}
+
+    def make():
+        noise = torch.rand(B, 1000, 128, device=device)
+        mixed = prep_data.mix(x.float(), x.flip(0).float(), d["lam"], frames, frames)
+        prep_data.augment(mixed, {k: d[k] for k in ("f0", "f1", "t0", "t1", "shift", "noise")}, noise, -5.0, 4.0)
+
+    row("mixup, masks, noise and shift, clips/s", B / in_turn({"": make}, 10, device)[""])
+
+
+# ------------------------------------------------------------------------------------------------- training steps
+
+
+def stepper(model, forward, loss, device, fused=True, autocast=None):
+    """A training step on a fixed batch: forward, loss, backward, Adam."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4, train_teacher.BETAS, weight_decay=5e-7, fused=fused)
+
+    def step():
+        with evaluate.autocast(device) if autocast is None else autocast:
+            z = forward()
+        optimizer.zero_grad(set_to_none=True)
+        loss(z).backward()
+        optimizer.step()
+
+    return step
+
+
+def one_step(model, optimizer, x, y, device):
+    with evaluate.autocast(device):
+        logits = model(x)
+    optimizer.zero_grad(set_to_none=True)
+    train_teacher.truth_loss(logits.float(), y, "multi-label").backward()
+    optimizer.step()
+
+
+def ours(name, device, n_frames=1000, train=True):
+    args = argparse.Namespace(no_compile=False)
+    model = models.build_model(name, CLASSES, n_frames).to(device).train(train)
+    return train_teacher.faster(model, args, device)
+
+
+def peer(name):
+    """The same network as its users have it now: Hugging Face's AST (sdpa), or plain timm."""
+    if name in HF_SIZES:
+        d, heads = HF_SIZES[name]
+        config = transformers.ASTConfig(
+            hidden_size=d, num_attention_heads=heads, intermediate_size=4 * d, max_length=1000, num_labels=CLASSES,
+            hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="sdpa",
+        )  # fmt: skip
+        model = transformers.ASTForAudioClassification(config).train()
+        return "Hugging Face, sdpa", model, lambda x: model(x).logits
+    model = timm.create_model(models.MODELS[name][1], in_chans=1, num_classes=CLASSES).train()
+    return "timm, NCHW", model, lambda x: model(x.transpose(1, 2).unsqueeze(1))
+
+
+def matrix_rate(device):
+    """FLOP/s of a large matrix product in the precision of training."""
+    n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    return 2 * n**3 / in_turn({"": lambda: a @ a}, 10, device)[""]
+
+
+def bench_steps(row, quick, device, folder):
+    """Training steps of each model beside its peer, of both KD pairs beside the student alone, and what a loop adds."""
+    B, rounds, what = (48, 20, ON_CUDA) if device.type == "cuda" else (4 if quick else 12, 2 if quick else 7, ON_CPU)
+    x, y = torch.randn(B, 1000, 128, device=device), (torch.rand(B, CLASSES, device=device) < 0.02).float()
+    truth = lambda z: train_teacher.truth_loss(z.float(), y, "multi-label")
+    rate = matrix_rate(device)
+    row("matrix product, TFLOP/s", rate / 1e12)
+    for name in what["models"]:
+        model = ours(name, device)
+        step = stepper(model, lambda model=model: model(x), truth, device)
+        with FlopCounterMode(display=False) as counter:
+            models.build_model(name, CLASSES).to(device)(x)
+        functions = {"ours": step}
+        if not name.startswith("hybrid"):
+            label, other, forward = peer(name)
+            other.to(device)
+            functions["peer"] = stepper(other, lambda forward=forward: forward(x), truth, device, fused=False)
+        took = in_turn(functions, rounds, device)
+        ratio = took["peer"] / took["ours"] if "peer" in took else None
+        row(f"{name}, training step at batch {B}, clips/s", B / took["ours"], *((label, B / took["peer"]) if ratio else ("", None)), ratio)  # fmt: skip
+        row(
+            "  share of the matrix rate (a step is three forward passes)",
+            3 * counter.get_total_flops() / took["ours"] / rate,
         )
-    )
+        row("  the process's peak memory so far, GiB", evaluate.peak_memory(device))
+    for teacher_name, name in what["pairs"]:
+        model, teacher = ours(name, device), ours(teacher_name, device, train=False).requires_grad_(False)
+
+        def both(model=model, teacher=teacher):
+            with torch.no_grad():
+                zt = teacher(x)
+            return *model(x, both=True), zt
+
+        kd = lambda z: distill.cmkd_loss(z[0], z[2], y, "multi-label", kd_logits=z[1])[0]
+        functions = {"kd": stepper(model, both, kd, device), "alone": stepper(model, lambda model=model: model(x), truth, device)}  # fmt: skip
+        took = in_turn(functions, rounds, device)
+        row(f"{teacher_name} -> {name}, KD step, clips/s", B / took["kd"], "the student alone", B / took["alone"], took["alone"] / took["kd"])  # fmt: skip
+    data = prep_data.FbankDataset(fake_folder(folder, 512, 1), "train")
+    for name in ON_CPU["models"]:
+        flags = ["--data", str(folder), "--model", name, "--batch-size", str(B), "--pretrained", "no"]
+        args = train_teacher.resolve(train_teacher.parser("").parse_args(flags), data)
+        model = ours(name, device)
+        whole, alone, optimizer = [], [], train_teacher.make_optimizer(model, args)
+        fault, began = torch.tensor(torch.inf, device=device), None
+        for n, (x, y, _) in enumerate(train_teacher.batches(data, args, 1, device)):
+            alone.append(seconds(one_step, model, optimizer, x, y, device, device=device))
+            fault = train_teacher.first_fault(fault, n, y.sum(), model)
+            if began:
+                whole.append(time.perf_counter() - began)
+            began = time.perf_counter()
+            if n == rounds + 1:
+                break
+        a, b = statistics.median(alone[1:]), statistics.median(whole)
+        row(f"{name}, a loop's step at batch {B}, s", b, "its forward, backward, Adam", a, b / a)
 
 
-def bench_scores(rows, scale, folder):
-    """evaluate.scores against scikit-learn's macro averages."""
-    for n, classes in ((10231, 200), (20371, 527)):
-        n = round(n * scale)
+def bench_growth(row, quick, device, folder):
+    """The time of a step against batch and frames, and of opening a folder against its clips: none may grow faster."""
+    rounds = 2 if quick else 5
+    for name in ON_CPU["models"]:
+        for B, T in ((2, 500), (4, 500), (8, 500), (4, 250), (4, 1000)):
+            model, x, y = ours(name, device, T), torch.randn(B, T, 128, device=device), torch.zeros(B, CLASSES, device=device)  # fmt: skip
+            step = stepper(model, lambda m=model, x=x: m(x), lambda z, y=y: train_teacher.truth_loss(z.float(), y, "multi-label"), device)  # fmt: skip
+            row(f"{name}, batch {B}, {T} frames, s a step", in_turn({"": step}, rounds, device)[""])
+    for n in (5_000, 50_000, 500_000):
+        (folder / str(n)).mkdir()
+        fake_folder(folder / str(n), n, 0)
+        row(f"opening {n} clips, s", seconds(prep_data.FbankDataset, folder / str(n), "train"))
+
+
+def bench_scores(row, quick, device, folder):
+    """evaluate.scores, which adds the per-class table, against scikit-learn's two macro averages."""
+    for n, classes, most in ((10231, 200, 3), (20371, 527, 15)):
+        n = n // 10 if quick else n
         rng = np.random.default_rng(0)
         y = rng.random((n, classes)) < 0.01
         y[0] = True
         p = rng.random((n, classes), dtype=np.float32)
-        ours = seconds(evaluate.scores, p, y, "multi-label")
-        theirs = seconds(lambda y=y, p=p: (average_precision_score(y, p), roc_auc_score(y, p)))
-        rows.append((f"scoring {n} x {classes}", f"{ours:.1f} s", f"{theirs:.1f} s, scikit-learn", theirs / ours))
+        functions = {
+            "ours": lambda y=y, p=p: evaluate.scores(p, y, "multi-label"),
+            "peer": lambda y=y, p=p: (average_precision_score(y, p), roc_auc_score(y, p)),
+        }
+        took = in_turn(functions, 3, torch.device("cpu"))
+        row(f"scoring {n} x {classes}, s (at most {most})", took["ours"], "scikit-learn", took["peer"], took["peer"] / took["ours"])  # fmt: skip
 
 
 def main():
-    parts = {"prep": bench_prep, "scale": bench_scale, "scores": bench_scores}
+    parts = {k.removeprefix("bench_"): f for k, f in globals().items() if k.startswith("bench_")}
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("parts", nargs="*", help=f"some of {', '.join(parts)} (default: all)")
-    p.add_argument("--quick", action="store_true", help="a tenth of the sizes")
+    p.add_argument("parts", nargs="*", metavar="PART", help=f"some of {', '.join(parts)} (default: all)")
+    p.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    p.add_argument("--quick", action="store_true", help="small sizes and few rounds")
     a = p.parse_args()
-    rows = []
+    if unknown := set(a.parts) - set(parts):
+        p.error(f"unknown part {min(unknown)}: some of {', '.join(parts)}")
+    device, rows = evaluate.setup(a.device), []
+
+    def row(what, ours, label="", other=None, ratio=None):
+        rows.append({"what": what, "ours": ours, "beside": label, "theirs": other, "ratio": ratio})
+        beside = f"{other:12.4g}  {label:28}" if label else " " * 42
+        print(f"{what:62}{ours:12.4g}{beside}{f'{ratio:8.2f} x' if ratio else ''}", flush=True)
+
+    gpu = torch.cuda.get_device_name() if device.type == "cuda" else "no GPU"
+    machine = f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {gpu}, torch {torch.__version__}"  # fmt: skip
+    print(f"{machine}\n{'':62}{'ours':>12}{'beside it':>14}")
     for name in a.parts or parts:
         with tempfile.TemporaryDirectory() as folder:
-            parts[name](rows, 0.1 if a.quick else 1.0, pathlib.Path(folder))
-    print(f"\n{'':52}{'ours':>16}   {'beside it':36}{'ours is':>8}")
-    for what, ours, peer, ratio in rows:
-        print(f"{what:52}{ours:>16}   {peer:36}{f'{ratio:.2f} x' if ratio else '':>8}")
-    pathlib.Path("bench.json").write_text(json.dumps(rows, indent=1))
-    print(f"wrote bench.json; torch {torch.__version__}, {torch.get_num_threads()} threads")
+            parts[name](row, a.quick, device, pathlib.Path(folder))
+    pathlib.Path("bench.json").write_text(json.dumps({"machine": machine, "quick": a.quick, "rows": rows}, indent=1))
+    print("wrote bench.json")
 
 
 if __name__ == "__main__":
