@@ -90,7 +90,8 @@ def resolve(args, data):
     if args.pretrained is None:
         args.pretrained = "no" if args.recipe == "demo" else "imagenet"
     if args.recipe == "esc50" and kind == "ast" and args.pretrained not in ("no", "imagenet"):
-        row["lr"] = 1e-5
+        image = pathlib.Path(args.pretrained).exists() and "cls_token" in models.read_weights(args.pretrained)
+        row["lr"] = row["lr"] if image else 1e-5  # only timm's DeiT has that name at the top
     args.decay, args.average = row.pop("decay"), row.pop("average")
     for key, value in row.items():
         if getattr(args, key) is None:

@@ -1,7 +1,9 @@
 """run_all.sh: what it calls, in which order, with a stand-in for Python that leaves the files a stage would."""
 
 import os
+import signal
 import subprocess
+import time
 
 import pytest
 from conftest import ROOT
@@ -125,3 +127,21 @@ def test_the_first_failure_stops_it_with_the_stage_and_code(run_all):
 def test_usage(run_all, args):
     done, calls = run_all(*args)
     assert done.returncode == 2 and not calls and ("bash run_all.sh demo" in done.stdout or args[0] in done.stderr)
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_script_reaches_the_stage(tmp_path, sent):
+    stage = """#!/usr/bin/env bash
+trap 'echo saved > saved; exit 143' TERM
+touch started
+while true; do sleep 0.1; done
+"""
+    (tmp_path / "python").write_text(stage)
+    (tmp_path / "python").chmod(0o755)
+    line, env = ["bash", ROOT / "run_all.sh", "demo"], os.environ | {"PYTHON": str(tmp_path / "python")}
+    run = subprocess.Popen(line, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "started").exists():
+        time.sleep(0.02)
+    run.send_signal(sent)
+    _, errors = run.communicate(timeout=20)
+    assert run.returncode == 143 and (tmp_path / "saved").exists() and "the same command goes on" in errors

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ROOT, command, inside
 
+import distill
 import evaluate
 import models
 import prep_data
@@ -119,6 +120,8 @@ def test_the_recipe_table_decides_what_the_command_line_left_open(data, flags, w
         ["--mixup", 1.5],
         ["--epochs", 0],
         ["--lr", 0],
+        ["--lr", "nan"],
+        ["--lr", "inf"],
         ["--batch-size", 0],
         ["--freq-mask", 129],
         ["--label-smoothing", 1],
@@ -170,6 +173,10 @@ def test_batches_are_what_the_parts_make_and_do_not_depend_on_where_one_starts(m
     every = list(train_teacher.batches(data, args, 3, device))
     assert len(every) == 6 and every[0][0].shape == (8, 100, 128)
     for (x, y, mixed), again in zip(every[4:], train_teacher.batches(data, args, 3, device, first=4)):
+        assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and torch.equal(mixed, again[2])
+    kept = prep_data.FbankDataset(multi, "train")
+    kept.keep_on(device)
+    for (x, y, mixed), again in zip(every, train_teacher.batches(kept, args, 3, device)):
         assert torch.equal(x, again[0]) and torch.equal(y, again[1]) and torch.equal(mixed, again[2])
     clips = train_teacher.epoch_order(data, args.seed, 3, args.balanced)[:8]
     d = prep_data.draw(np.random.default_rng([args.seed, 3, 1]), 8, len(data), 1.0, args.freq_mask, args.time_mask, 100)
@@ -363,6 +370,42 @@ def test_single_label_folds_and_what_a_teacher_may_not_be(folds, multi, teacher,
     assert not (tmp_path / "refused").exists()
 
 
+@pytest.mark.parametrize("model", [CNN, AST])
+def test_a_teacher_of_another_length_and_normalisation(model, multi, tmp_path):
+    """A teacher of 1 s teaches a student of 0.5 s: its positions are resampled, its input converted, and both are said."""
+    table, short = multi.parent / "raw audio" / "clips.csv", tmp_path / "short"
+    inside("prep_data.py", "csv", "--root", table, "--out", short, "--clip-seconds", 0.5, "--workers", 1)
+    inside("train_teacher.py", "--data", multi, "--model", model, "--out", tmp_path / "long", *TINY)
+    kd = ["--data", short, "--model", CNN, "--out", tmp_path / "kd", *TINY, "--teacher", tmp_path / "long" / "best.pt"]
+    said = inside("distill.py", *kd)
+    assert "is for 100 frames" in said and "positions are resampled" in said and "its input is converted" in said
+    said = inside("evaluate.py", "--ckpt", tmp_path / "long" / "best.pt", "--data", short)
+    assert "positions are resampled" in said and "14 clips" in said
+    ours, meta = models.load_checkpoint(tmp_path / "long" / "best.pt", 50)
+    whole, _ = models.load_checkpoint(tmp_path / "long" / "best.pt")
+    if model == AST:  # the grid is cut from its centre
+        grid = whole.v.pos_embed[:, 2:].reshape(12, 9, -1)[:, 9 // 2 - 4 // 2 :][:, :4]
+        assert torch.equal(ours.v.pos_embed[0, 2:], grid.reshape(48, -1))
+    teachers, _ = distill.load_teachers(
+        [tmp_path / "long" / "best.pt"],
+        prep_data.FbankDataset(short, "train"),
+        argparse.Namespace(fold=None),
+        torch.device("cpu"),
+    )
+    data, (net, scale, offset) = prep_data.FbankDataset(short, "train"), teachers[0]
+    x = torch.stack([data[i][0] for i in range(4)])
+    student_sees = prep_data.normalise(x, data.mean, data.std)
+    want = ours(prep_data.normalise(x, meta["mean"], meta["std"]))
+    torch.testing.assert_close(net(scale * student_sees + offset), want, atol=1e-4, rtol=1e-4)
+
+
+def test_the_rate_on_esc50_depends_on_what_the_weights_have_heard(tmp_path):
+    torch.save({"cls_token": torch.zeros(1)}, tmp_path / "deit.pth")
+    torch.save({"module.v.cls_token": torch.zeros(1)}, tmp_path / "audio.pth")
+    for name, lr in (("deit", 1e-4), ("audio", 1e-5)):
+        assert settings("--model", "ast-base", "--pretrained", tmp_path / f"{name}.pth", data=ESC).lr == lr
+
+
 @pytest.mark.parametrize(
     "script, flags, words",
     [
@@ -375,6 +418,9 @@ def test_single_label_folds_and_what_a_teacher_may_not_be(folds, multi, teacher,
         ("train_teacher.py", ["--data", "MULTI", "--model", CNN, "--pretrained", "imagenet"], "--pretrained"),
         ("distill.py", ["--data", "MULTI", "--model", AST, "--teacher", "gone.pt"], "gone.pt"),
         ("distill.py", ["--data", "MULTI", "--model", AST, "--teacher", "gone.pt", "--lam", 2], "--lam"),
+        ("distill.py", ["--data", "MULTI", "--model", AST, "--teacher", "gone.pt", "--lam", "nan"], "--lam"),
+        ("distill.py", ["--data", "MULTI", "--model", AST, "--teacher", "TEACHER", "--tau", "nan"], "--tau"),
+        ("distill.py", ["--data", "MULTI", "--model", AST, "--teacher", "TEACHER", "--tau", "inf"], "--tau"),
         ("evaluate.py", ["--ckpt", "gone.pt"], "gone.pt"),
         ("evaluate.py", ["--average", "gone"], "gone"),
         ("evaluate.py", ["--summary", "gone"], "gone"),
@@ -382,8 +428,8 @@ def test_single_label_folds_and_what_a_teacher_may_not_be(folds, multi, teacher,
         ("prep_data.py", ["fsd50k", "--root", "."], "FSD50K.ground_truth"),
     ],
 )
-def test_bad_input_gets_one_sentence(script, flags, words, multi, folds, tmp_path, monkeypatch):
-    flags = [{"MULTI": multi, "FOLDS": folds}.get(f, f) for f in flags]
+def test_bad_input_gets_one_sentence(script, flags, words, multi, folds, teacher, tmp_path, monkeypatch):
+    flags = [{"MULTI": multi, "FOLDS": folds, "TEACHER": teacher / "best.pt"}.get(f, f) for f in flags]
     if script in ("train_teacher.py", "distill.py"):
         flags += ["--out", tmp_path / "out"]
     monkeypatch.chdir(tmp_path)
