@@ -52,21 +52,8 @@ SAMPLE_RATE, N_MELS, SHARD, CHUNK = 16000, 128, 512, 16
 FLOOR = math.log(torch.finfo(torch.float32).eps)  # -15.9424: Kaldi's log-mel of silence
 VERSION = 1  # of the prepared folder
 AUDIO = {
-    ".wav",
-    ".flac",
-    ".ogg",
-    ".oga",
-    ".opus",
-    ".mp3",
-    ".aif",
-    ".aiff",
-    ".au",
-    ".caf",
-    ".w64",
-    ".m4a",
-    ".mp4",
-    ".webm",
-}
+    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".m4a", ".mp4", ".webm",
+}  # fmt: skip
 SECOND = 44100 * 2  # bytes of 44.1 kHz 16-bit mono
 DOWNLOADS = {  # facts: place, clips, top folder of its archives, {folder: (the archive that fills it, bytes unpacked)}
     "esc50": (
@@ -392,17 +379,8 @@ def stratify(labels, n_classes, seed, shares=(("train", 0.8), ("val", 0.1), ("ev
 
 
 DEMO_CLASSES = [
-    "am_tone",
-    "bell",
-    "chirp_down",
-    "chirp_up",
-    "clicks",
-    "fm_tone",
-    "harmonic_stack",
-    "noise_band",
-    "noise_burst",
-    "tone",
-]
+    "am_tone", "bell", "chirp_down", "chirp_up", "clicks", "fm_tone", "harmonic_stack", "noise_band", "noise_burst", "tone",
+]  # fmt: skip
 
 
 def demo_sound(rng, kind, n):

@@ -1,11 +1,16 @@
 """torchrun with two gloo processes on the CPU: the same training and the same scores as one process."""
 
 import json
+import os
+import pathlib
+import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import ROOT, command, inside
+
+import models
 
 TINY = ["--model", "ast-tiny", "--pretrained", "no", "--epochs", 2, "--batch-size", 12]
 
@@ -52,3 +57,41 @@ def test_two_ranks_train_and_score_like_one(multi, tmp_path):
 def test_an_error_of_one_rank_ends_all(multi, tmp_path):
     done = torchrun("train_teacher.py", "--data", multi, "--out", tmp_path / "x", "--fold", 7, *TINY)
     assert done.returncode != 0 and "has no fold 7" in done.stderr
+
+
+@pytest.fixture
+def running(multi, tmp_path):
+    """Two ranks in training: (torchrun, {rank: its process id}), after the first epoch."""
+    out = tmp_path / "run"
+    flags = ["--model", "timm:mobilenetv3_small_050", "--pretrained", "no", "--epochs", 500, "--batch-size", 12]
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", ROOT / "train_teacher.py"]
+    line = [sys.executable, *map(str, [*line, "--data", multi, "--out", out, *flags])]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
+        while "epoch  1/500" not in (said := run.stdout.readline()):
+            assert run.poll() is None, said
+        found = {}
+        for folder in pathlib.Path("/proc").glob("[0-9]*"):
+            try:
+                inside_it = (folder / "environ").read_bytes().split(b"\0")
+                if str(out).encode() in (folder / "cmdline").read_bytes():
+                    found |= {r: int(folder.name) for r in (0, 1) if f"RANK={r}".encode() in inside_it}
+            except OSError:
+                continue
+        assert len(found) == 2
+        yield run, found
+        run.kill()
+
+
+def test_a_dead_rank_ends_the_run(running):
+    run, ranks = running
+    os.kill(ranks[1], signal.SIGKILL)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode != 0 and "Signal 9 (SIGKILL)" in said
+
+
+def test_sigterm_to_torchrun_saves_the_step(running, tmp_path):
+    run, _ = running
+    run.send_signal(signal.SIGTERM)
+    said, _ = run.communicate(timeout=60)
+    assert run.returncode != 0 and "stopped by SIGTERM; the same command goes on" in said
+    assert models.read_checkpoint(tmp_path / "run" / "last.pt")["epoch"] >= 1
