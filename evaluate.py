@@ -203,7 +203,9 @@ def say_absent(positives, data):
     names = [name for name, n in zip(data.classes, positives) if not n]
     if names:
         some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        print(f"{len(names)} classes have no positive in {data.split} and are left out of macro scores: {some}")
+        print(
+            f"without a positive in {data.split}, left out of macro scores: {len(names)} of {len(positives)} classes ({some})"
+        )
 
 
 def score_checkpoints(paths, split, root, device):

@@ -38,7 +38,8 @@ case $1 in
       echo "run_all.sh: '$1' is neither demo, esc10, esc50, fsd50k, audioset, audioset-bal nor a folder that prep_data.py finished (no stats.json)" >&2
       exit 2
     fi
-    DATA=${1%/} NAME=$(basename "$(cd "$1" && pwd)")
+    DATA=${1%/} NAME=$(basename -- "$(cd -- "$1" && pwd)")
+    case $DATA in -*) DATA=./$DATA ;; esac # no flag
     ;;
 esac
 case $NAME in

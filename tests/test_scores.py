@@ -2,10 +2,14 @@
 
 import json
 import math
+import subprocess
+import sys
 
 import numpy as np
 import pytest
+import soundfile
 import torch
+from conftest import ROOT, inside
 from scipy.stats import norm
 from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
 
@@ -107,3 +111,38 @@ def test_summary_reads_every_run(tmp_path, capsys):
     }
     assert rows["ast-tiny"] == ["ast-tiny", "5.4", "no KD", "3", "52.0 ± 2.0", "53.0 ± 2.0", "60.0", "90.0 ± 0.0"]
     assert rows["ast-tiny-from-cnn"][2:5] == ["cnn", "3", "62.0 ± 2.0"]
+
+
+def test_a_class_without_positives_is_said_once_and_left_out(tmp_path):
+    rows = [f"{i}.wav,{'abc'[i % 3]},train" for i in range(9)] + [f"{i}.wav,{'ab'[i % 2]},val" for i in range(9, 13)]
+    rows += [f"{i}.wav,{'ab'[i % 2]};b,eval" for i in range(13, 19)]
+    for i in range(19):
+        soundfile.write(tmp_path / f"{i}.wav", np.random.default_rng(i).standard_normal(8000) / 9, 16000)
+    (tmp_path / "t.csv").write_text("path,labels,split\n" + "\n".join(rows) + "\n")
+    inside(
+        "prep_data.py",
+        "csv",
+        "--root",
+        tmp_path / "t.csv",
+        "--out",
+        tmp_path / "p",
+        "--clip-seconds",
+        0.5,
+        "--workers",
+        1,
+    )
+    flags = ["--model", "timm:mobilenetv3_small_050", "--pretrained", "no", "--epochs", 2, "--batch-size", 4]
+    said = inside("train_teacher.py", "--data", tmp_path / "p", "--out", tmp_path / "run", *flags)
+    assert said.count("without a positive in val, left out of macro scores: 1 of 3 classes (c)") == 1
+    said = inside("evaluate.py", "--ckpt", tmp_path / "run" / "best.pt")
+    assert said.count("without a positive in eval, left out of macro scores: 1 of 3 classes (c)") == 1
+    found = json.loads((tmp_path / "run" / "metrics-best-eval.json").read_text())
+    assert found["classes_without_positives"] == 1 and np.isfinite(found["mAP"])
+
+
+def test_the_bench_runs(tmp_path):
+    line = [sys.executable, ROOT / "tests" / "bench.py", "--quick", "input"]
+    done = subprocess.run(line, check=False, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "bench.json").read_text())["rows"]
+    assert len(rows) == 2 and all(r["ours"] > 0 for r in rows)

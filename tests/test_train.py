@@ -4,8 +4,10 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -450,26 +452,63 @@ def test_an_unknown_dataset_is_refused(tmp_path):
     assert done.returncode == 2 and "fsd51k" in done.stderr
 
 
-def test_run_all_does_everything_once(folds, tmp_path):
+NAME = '-it\'s $(touch pwned) "ü" %s {0};'  # of a folder: nothing in it may be taken for more than a name
+
+
+@pytest.fixture
+def run_all(folds, tmp_path):
+    """-> a function that starts run_all.sh on a prepared folder of an odd name, below tmp_path."""
+    shutil.copytree(folds, tmp_path / NAME)
     names = {"CNN": CNN, "AST": AST, "PRETRAINED_CNN": "no", "PRETRAINED_AST": "no", "EPOCHS": "1", "FOLDS": "2"}
-    env = os.environ | names | {"PYTHON": sys.executable}
 
-    def run_all():
-        line = ["bash", ROOT / "run_all.sh", folds]
-        return subprocess.run(line, check=False, capture_output=True, text=True, cwd=tmp_path, env=env)
+    def start(**knobs):
+        env = os.environ | names | {"PYTHON": sys.executable} | knobs
+        line, pipe = ["bash", ROOT / "run_all.sh", NAME], subprocess.PIPE
+        return subprocess.Popen(
+            line, stdout=pipe, stderr=pipe, text=True, cwd=tmp_path, env=env, start_new_session=True
+        )
 
-    done = run_all()
-    assert done.returncode == 0, done.stdout + done.stderr
-    exp = tmp_path / "exp" / "folds"
+    return start
+
+
+def test_run_all_does_everything_once(run_all, tmp_path):
+    run = run_all()
+    said, errors = run.communicate(timeout=600)
+    assert run.returncode == 0, said + errors
+    exp = tmp_path / "exp" / NAME
     cnn = CNN.replace(":", "-")
     runs = [f"{cnn}-fold2-s0", f"{AST}-fold2-s0", f"{AST}-from-{cnn}-fold2-s0", f"{cnn}-from-{AST}-fold2-s0"]
     assert sorted(p.name for p in exp.iterdir() if p.is_dir()) == sorted(runs)
     table = (exp / "summary.md").read_text()
-    assert table in done.stdout and sum(line.startswith("| ") for line in table.splitlines()) == 5
+    assert table in said and sum(line.startswith("| ") for line in table.splitlines()) == 5
     written = {p: p.stat().st_mtime_ns for run in runs for p in (exp / run).glob("*.pt")}
     again = run_all()
-    assert again.returncode == 0 and again.stdout.count("trained already") == 4 and "=== evaluate" not in again.stdout
+    said, _ = again.communicate(timeout=600)
+    assert again.returncode == 0 and said.count("trained already") == 4 and "=== evaluate" not in said
     assert written == {p: p.stat().st_mtime_ns for run in runs for p in (exp / run).glob("*.pt")}
+    assert sorted(p.name for p in tmp_path.iterdir()) == [NAME, "exp"]  # nothing was run from the name
+
+
+@pytest.mark.slow
+def test_run_all_killed_again_and_again_ends_in_the_same_table(run_all, tmp_path):
+    whole = run_all(EXP="exp/whole")
+    began = time.monotonic()
+    assert not whole.wait(600)
+    took, rng, kills = time.monotonic() - began, np.random.default_rng(0), 0
+    while kills < 12:
+        run = run_all(EXP="exp/killed")
+        try:
+            run.wait(rng.uniform(0, took / 3))
+            break
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.wait()
+            kills += 1
+    run = run_all(EXP="exp/killed")
+    assert run.wait(600) == 0
+    tables = [(tmp_path / "exp" / name / "summary.md").read_text().split("\n", 1) for name in ("whole", "killed")]
+    assert tables[0][1] == tables[1][1] and kills > 2
+    print(f"{kills} kills of run_all.sh, the same table")
 
 
 def test_the_log_is_never_behind_the_weights(multi, tmp_path, monkeypatch):
