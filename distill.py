@@ -98,7 +98,7 @@ def main():
     if not 0 <= args.lam <= 1:
         raise ValueError(f"--lam {args.lam} is out of range [0, 1]")
     device = evaluate.setup(args.device)
-    data, val = train_teacher.open_data(args, device)
+    data, val = train_teacher.open_data(args)
     train_teacher.resolve(args, data)
     teachers, names = load_teachers(args.teacher, data, args, device)
     if args.tau is None:
@@ -116,7 +116,7 @@ def main():
     model = models.build_model(args.model, len(data.classes), data.n_frames, pretrained, args.kd_head).to(device)
     optimizer = train_teacher.make_optimizer(model, args)
     start_epoch, first, totals, history = train_teacher.resume(args, model, optimizer)
-    train_teacher.begin_run(args, model, meta, history)
+    train_teacher.begin_run(args, model, meta, history, data, device)
     net = train_teacher.wrap(model, args, device)
 
     n_steps, saved, asked = train_teacher.steps_of(data, args), time.monotonic(), train_teacher.ask_to_stop()

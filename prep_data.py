@@ -23,6 +23,7 @@ import fcntl
 import functools
 import hashlib
 import http.client
+import itertools
 import json
 import math
 import multiprocessing
@@ -647,7 +648,7 @@ def replace(path, write):
 
 
 def write_csv(path, header, rows):
-    replace(path, lambda f: csv.writer(f, lineterminator="\n").writerows([header, *rows]))
+    replace(path, lambda f: csv.writer(f, lineterminator="\n").writerows(itertools.chain([header], rows)))
 
 
 def checksum(content):
@@ -828,36 +829,38 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None, st
 
 def write_tables(out, facts, classes, shards, missing, strict):
     """The last pass: skipped.csv, classes.csv, clips.csv and stats.json from the notes beside each shard."""
-    kept, skipped, crcs = [], [], []
-    for s, (path, clips) in enumerate(shards.items()):
-        notes = read_json(path.with_suffix(".json"))
-        crcs.append(notes["crc"])
-        for row, (clip, found) in enumerate(zip(clips, notes["found"]), s * SHARD):
-            if isinstance(found, str):
-                skipped.append([clip[0], clip[1], found])
-            else:
-                kept.append([row, *clip[:4], ";".join(map(str, clip[4])), *found])
+
+    def noted():  # read twice, so that memory holds one shard's notes
+        for s, (path, clips) in enumerate(shards.items()):
+            yield from zip(range(s * SHARD, (s + 1) * SHARD), clips, read_json(path.with_suffix(".json"))["found"])
+
+    broken = [(clip, found) for _, clip, found in noted() if isinstance(found, str)]
+    skipped = [[clip[0], clip[1], found] for clip, found in broken]
     absent = [[c[0], "", f"not there ({c[2]})"] for c in missing]  # of AudioSet, where that is normal
     write_csv(out / "skipped.csv", ["id", "path", "reason"], skipped + absent)
     first = f"the first: {skipped[0][1]}: {skipped[0][2]}" if skipped else ""
-    n_clips = len(kept) + len(skipped)
+    n_clips = sum(map(len, shards.values()))
     if len(skipped) > (0 if strict else 0.05 * n_clips):
         raise ValueError(
             f"{len(skipped)} of {n_clips} clips could not be read, {first}; all are named in {out / 'skipped.csv'}. "
             f"The rest is kept: mend the files, remove {out}, and prepare again"
         )
-    write_csv(out / "classes.csv", ["index", "mid", "display_name"], [[i, *c] for i, c in enumerate(classes)])
-    write_csv(out / "clips.csv", ["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"], kept)
-    tables = {name: crc32(out / name) for name in ("classes.csv", "clips.csv")}
-    write_json(
-        out / "stats.json", facts | {"clips": len(kept), "skipped": len(skipped), "crc32": crcs, "tables": tables}
-    )
+    write_csv(out / "classes.csv", ["index", "mid", "display_name"], ([i, *c] for i, c in enumerate(classes)))
+    kept = ((row, clip, found) for row, clip, found in noted() if not isinstance(found, str))
+    columns = ["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"]
+    write_csv(out / "clips.csv", columns, ([row, *c[:4], ";".join(map(str, c[4])), *found] for row, c, found in kept))
+    facts |= {"clips": n_clips - len(skipped), "skipped": len(skipped)}
+    facts["crc32"] = [read_json(path.with_suffix(".json"))["crc"] for path in shards]
+    facts["tables"] = {name: crc32(out / name) for name in ("classes.csv", "clips.csv")}
+    write_json(out / "stats.json", facts)
     (out / "unfinished.json").unlink()
     for path in shards:
         path.with_suffix(".json").unlink(missing_ok=True)
     if skipped:
         print(f"skipped {len(skipped)}, named with the reason in {out / 'skipped.csv'}; {first}")
-    counts = collections.Counter(f"fold {r[4]}" if r[4] != "" else r[3] for r in kept)
+    group = lambda c: f"fold {c[3]}" if c[3] != "" else c[2]
+    counts = collections.Counter(group(c) for clips in shards.values() for c in clips)
+    counts.subtract(group(c) for c, _ in broken)
     print(f"wrote {out}: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
 
 

@@ -376,26 +376,29 @@ def finish_run(args, history):
     print(f"wrote {args.out}: best.pt, last.pt, ep-NN.pt, log.jsonl, curve.png")
 
 
-def open_data(args, device):
+def open_data(args):
     """The training split, and the validation split where there is one (folds and AudioSet have none: no choice is made)."""
     train = prep_data.FbankDataset(args.data, "train-balanced" if args.recipe == "audioset-bal" else "train", args.fold)
     val = prep_data.FbankDataset(args.data, "val") if train.has_val else None
-    need, on_gpu = len(train) * train.n_frames * prep_data.N_MELS * 2, device.type == "cuda"
-    if args.cache == "device" or (not args.cache and on_gpu and need < 0.4 * torch.cuda.mem_get_info(device)[0]):
-        train.keep_on(device)
-    if evaluate.ranks()[0] == 0:
-        where = "disk, through the page cache" if train.cache is None else f"{device.type} memory"
-        print(f"{len(train)} training clips, {need / 2**30:.2f} GiB, are read from {where}")
-        if val is None:
-            print("no validation split: best.pt is the last epoch")
+    if val is None and evaluate.ranks()[0] == 0:
+        print("no validation split: best.pt is the last epoch")
     return train, val
 
 
-def begin_run(args, model, meta, history):
-    """Say what disk the run will take, ValueError if there is not enough; write ep-00.pt, the model before training."""
+def begin_run(args, model, meta, history, data, device):
+    """Put the clips on a GPU where they fit in 40 % of what is free there, and say so. Say what disk the run will take,
+    ValueError if there is not enough. Write ep-00.pt, the model before training."""
+    need, on_gpu = len(data) * data.n_frames * prep_data.N_MELS * 2, device.type == "cuda"
+    if args.cache == "device" or (not args.cache and on_gpu and need < 0.4 * torch.cuda.mem_get_info(device)[0]):
+        data.keep_on(device)
     if evaluate.ranks()[0]:
         return
-    need = (args.epochs - len(history) + 4) * sum(v.nbytes for v in model.state_dict().values())
+    where = "disk, through the page cache" if data.cache is None else f"{device.type} memory"
+    print(f"{len(data)} training clips, {need / 2**30:.2f} GiB, are read from {where}")
+    files = (
+        args.epochs - len(history) + 9
+    )  # ep-00, best and wa; last holds Adam's state too, and is written beside itself
+    need = files * sum(v.nbytes for v in model.state_dict().values())
     free = shutil.disk_usage(args.out).free
     print(f"checkpoints will take up to {need / 2**30:.2f} GiB in {args.out} ({free / 2**30:.0f} GiB free)")
     if need > free:
@@ -409,7 +412,7 @@ def begin_run(args, model, meta, history):
 def main():
     args = parser(__doc__).parse_args()
     device = evaluate.setup(args.device)
-    data, val = open_data(args, device)
+    data, val = open_data(args)
     settings = start(resolve(args, data), data)
     meta = meta_of(data, settings)
 
@@ -418,7 +421,7 @@ def main():
     model = models.build_model(args.model, len(data.classes), data.n_frames, pretrained).to(device)
     optimizer = make_optimizer(model, args)
     start_epoch, first, totals, history = resume(args, model, optimizer)
-    begin_run(args, model, meta, history)
+    begin_run(args, model, meta, history, data, device)
     net = wrap(model, args, device)
 
     n_steps, saved, asked = steps_of(data, args), time.monotonic(), ask_to_stop()
