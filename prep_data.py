@@ -175,14 +175,14 @@ def load_audio(path, seconds):
         rate = f.samplerate
         if not 1000 <= rate <= 768000:
             raise ValueError(f"a sample rate of {rate} Hz")
-        as_is = "int16" if f.subtype == "PCM_16" else "float32"  # torch converts faster, to the same bits
-        x = torch.from_numpy(f.read(math.ceil((seconds + 0.1) * rate), dtype=as_is))  # with a margin for the filter
-    x = x.float() / 32768 if as_is == "int16" else x
-    x = x if x.ndim == 1 else x.mean(1)
+        kind = "int16" if f.subtype == "PCM_16" else "float32"  # torch converts faster, to the same bits
+        x = f.read(math.ceil((seconds + 0.1) * rate), dtype=kind)  # with a margin for the filter
     if not len(x):
         raise ValueError("no samples")
-    if not x.isfinite().all():
+    if kind == "float32" and not np.isfinite(x).all():
         raise ValueError("samples that are not finite")
+    x = torch.from_numpy(x) if kind == "float32" else torch.from_numpy(x).float() / 32768
+    x = x if x.ndim == 1 else x.mean(1)
     return (x if rate == SAMPLE_RATE else resampler(rate)(x))[: round(seconds * SAMPLE_RATE)]
 
 
