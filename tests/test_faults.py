@@ -126,7 +126,7 @@ def test_killed_at_random_moments_the_same_commands_end_in_the_same_files(undist
                 code, said = forked(script, args, kill_after=rng.uniform(0.01, took[n]))
                 assert code in (0, -signal.SIGKILL), said
                 hits.append(code != 0)
-                for path in whole.glob("*/*.pt"):  # whatever stands under its name is whole
+                for path in whole.glob("*/[!.]*.pt"):  # whatever stands under its name is whole
                     models.read_checkpoint(path)
             code, said = forked(script, args)
             assert code == 0, said
@@ -163,7 +163,6 @@ def test_flipped_bytes_are_harmless_or_refused(undisturbed, name, flips, tmp_pat
     good, refused = (folder / name).read_bytes(), 0
     scores = folder / "student" / "metrics-wa-eval.json"
     want = {k: prep_data.read_json(scores)[k] for k in ("mAP", "mAUC", "accuracy", "clips")}
-    clips = (folder / "prepared" / "clips.csv").read_text()
     for _ in range(flips):
         bad = bytearray(good)
         bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
@@ -184,7 +183,6 @@ def test_flipped_bytes_are_harmless_or_refused(undisturbed, name, flips, tmp_pat
             assert "trained already" in said
         elif script == "prep_data.py" and "--check" in local:
             assert "is sound" in said
-        assert (folder / "prepared" / "clips.csv").read_text() == clips or name == "prepared/clips.csv"
     print(f"{name}: {flips} flips, {refused} refused, {flips - refused} harmless")
     assert refused or name.startswith("raw audio")
 
