@@ -405,7 +405,7 @@ def begin_run(args, model, meta, history, data, device):
         raise ValueError(
             f"{args.out} has {free / 2**30:.2f} GiB free, the checkpoints need {need / 2**30:.2f}: make room or give --out"
         )
-    if not history:
+    if not history and not (args.out / "ep-00.pt").exists():  # later in its first epoch the model is another
         models.save_checkpoint(args.out / "ep-00.pt", model, **meta, epoch=0)
 
 

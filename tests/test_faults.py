@@ -109,11 +109,11 @@ def undisturbed(tmp_path_factory):
     return folder, result(folder), took
 
 
-@pytest.mark.parametrize("kills", [8, pytest.param(60, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [10, pytest.param(60, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_the_same_commands_end_in_the_same_files(undisturbed, kills):
     """Each stage is killed (SIGKILL, the whole process group) again and again, at a moment drawn over its own time."""
     whole, want, took = undisturbed
-    folder, rng, hits = whole.with_name(f"killed-{kills}"), random.Random(kills), []
+    folder, rng, ended = whole.with_name(f"killed-{kills}"), random.Random(kills), 0
     folder.mkdir()
     shutil.copytree(whole / "raw audio", folder / "raw audio")
     # the table names clips relative to itself, but a prepared folder holds their full paths: give both runs one place
@@ -122,10 +122,15 @@ def test_killed_at_random_moments_the_same_commands_end_in_the_same_files(undist
     folder.rename(whole)
     try:
         for n, (script, args) in enumerate(stages(whole)):
-            for _ in range(kills // 5 if n < 4 else kills - 4 * (kills // 5)):
-                code, said = forked(script, args, kill_after=rng.uniform(0.01, took[n]))
-                assert code in (0, -signal.SIGKILL), said
-                hits.append(code != 0)
+            for _ in range(kills // 5):
+                while True:
+                    code, said = forked(script, args, kill_after=rng.uniform(0.01, took[n]))
+                    if code == -signal.SIGKILL:
+                        break
+                    assert code == 0, said
+                    ended += 1  # before it was killed: it has to be done again
+                    if "--out" in args:
+                        shutil.rmtree(args[args.index("--out") + 1])
                 for path in whole.glob("*/[!.]*.pt"):  # whatever stands under its name is whole
                     models.read_checkpoint(path)
             code, said = forked(script, args)
@@ -134,8 +139,7 @@ def test_killed_at_random_moments_the_same_commands_end_in_the_same_files(undist
     finally:
         whole.rename(folder)
         aside.rename(whole)
-    print(f"{sum(hits)} kills hit, {len(hits) - sum(hits)} came after the end; 0 differences")
-    assert sum(hits) > 0.4 * kills
+    print(f"{5 * (kills // 5)} kills, {ended} times the end came first; 0 differences")
 
 
 # what to run on a file with a flipped byte: it must be refused in one sentence, or nothing may change
