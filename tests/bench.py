@@ -1,6 +1,6 @@
 """The one place for speed claims: ours beside the usual way, in one run on one machine, as ratios.
 
-    python tests/bench.py                            # all of it on the CPU, about a quarter of an hour; --quick: small sizes
+    python tests/bench.py                            # all of it on the CPU, a quarter of an hour; --quick: small sizes
     python tests/bench.py steps growth               # some of it
     python tests/bench.py --device cuda              # not run yet
 
@@ -9,6 +9,7 @@ step by step, and a ratio is that of the medians.
 """
 
 import argparse
+import contextlib
 import csv
 import json
 import os
@@ -40,8 +41,7 @@ import train_teacher
 
 CLASSES = 200
 HF_SIZES = {"ast-tiny": (192, 3), "ast-small": (384, 6), "ast-base": (768, 12)}  # width, heads
-ON_CPU = {"models": ("ast-tiny", "efficientnet-b0"), "pairs": (("efficientnet-b0", "ast-tiny"), ("ast-tiny", "efficientnet-b0"))}  # fmt: skip
-ON_CUDA = {"models": tuple(models.MODELS), "pairs": (("efficientnet-b0", "ast-base"), ("ast-tiny", "efficientnet-b2"))}
+ON_CPU = "efficientnet-b0", "ast-tiny"  # what a CPU can do in minutes
 
 
 def seconds(f, *args, device=None):
@@ -169,46 +169,48 @@ def bench_input(row, quick, device, folder):
 # ------------------------------------------------------------------------------------------------- training steps
 
 
-def stepper(model, forward, loss, device, fused=True, autocast=None):
-    """A training step on a fixed batch: forward, loss, backward, Adam."""
-    optimizer = torch.optim.Adam(model.parameters(), 1e-4, train_teacher.BETAS, weight_decay=5e-7, fused=fused)
-
-    def step():
-        with evaluate.autocast(device) if autocast is None else autocast:
-            z = forward()
-        optimizer.zero_grad(set_to_none=True)
-        loss(z).backward()
-        optimizer.step()
-
-    return step
-
-
-def one_step(model, optimizer, x, y, device):
-    with evaluate.autocast(device):
-        logits = model(x)
-    optimizer.zero_grad(set_to_none=True)
-    train_teacher.truth_loss(logits.float(), y, "multi-label").backward()
-    optimizer.step()
-
-
 def ours(name, device, n_frames=1000, train=True):
-    args = argparse.Namespace(no_compile=False)
     model = models.build_model(name, CLASSES, n_frames).to(device).train(train)
-    return train_teacher.faster(model, args, device)
+    return train_teacher.faster(model, argparse.Namespace(no_compile=False), device)
 
 
-def peer(name):
-    """The same network as its users have it now: Hugging Face's AST (sdpa), or plain timm."""
+def peer(name, device):
+    """(label, model, its forward pass): the same network as its users have it now, Hugging Face's AST or plain timm."""
     if name in HF_SIZES:
         d, heads = HF_SIZES[name]
         config = transformers.ASTConfig(
             hidden_size=d, num_attention_heads=heads, intermediate_size=4 * d, max_length=1000, num_labels=CLASSES,
             hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, attn_implementation="sdpa",
         )  # fmt: skip
-        model = transformers.ASTForAudioClassification(config).train()
+        model = transformers.ASTForAudioClassification(config).train().to(device)
         return "Hugging Face, sdpa", model, lambda x: model(x).logits
-    model = timm.create_model(models.MODELS[name][1], in_chans=1, num_classes=CLASSES).train()
+    model = timm.create_model(models.MODELS[name][1], in_chans=1, num_classes=CLASSES).train().to(device)
     return "timm, NCHW", model, lambda x: model(x.transpose(1, 2).unsqueeze(1))
+
+
+def fake_batch(B, device, n_frames=1000):
+    x, y = torch.randn(B, n_frames, 128, device=device), torch.rand(B, CLASSES, device=device) < 0.02
+    return x, y.float()
+
+
+def training_step(model, forward, x, y, device, teachers=(), fused=True, bf16=True):
+    """-> a function that does one step on a fixed batch: forward passes, loss, backward, Adam."""
+    optimizer = torch.optim.Adam(model.parameters(), 1e-4, train_teacher.BETAS, weight_decay=5e-7, fused=fused)
+
+    def step():
+        with evaluate.autocast(device) if bf16 else contextlib.nullcontext():
+            with torch.no_grad():
+                teacher_logits = [teacher(x) for teacher in teachers]
+            z = forward(x)
+        if teachers:
+            loss, _, _ = distill.cmkd_loss(z, teacher_logits, y, "multi-label")
+        else:
+            loss = train_teacher.truth_loss(z.float(), y, "multi-label")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+
+    return step
 
 
 def matrix_rate(device):
@@ -219,69 +221,90 @@ def matrix_rate(device):
 
 
 def bench_steps(row, quick, device, folder):
-    """Training steps of each model beside its peer, of both KD pairs beside the student alone, and what a loop adds."""
-    B, rounds, what = (48, 20, ON_CUDA) if device.type == "cuda" else (4 if quick else 12, 2 if quick else 7, ON_CPU)
-    x, y = torch.randn(B, 1000, 128, device=device), (torch.rand(B, CLASSES, device=device) < 0.02).float()
-    truth = lambda z: train_teacher.truth_loss(z.float(), y, "multi-label")
-    rate = matrix_rate(device)
+    """A training step of each model beside its peer's, and the share of the device's matrix rate that it reaches."""
+    on_gpu = device.type == "cuda"
+    B, rounds = (48, 20) if on_gpu else (4, 2) if quick else (12, 7)
+    (x, y), rate = fake_batch(B, device), matrix_rate(device)
     row("matrix product, TFLOP/s", rate / 1e12)
-    for name in what["models"]:
-        model = ours(name, device)
-        step = stepper(model, lambda model=model: model(x), truth, device)
+    for name in models.MODELS if on_gpu else ON_CPU:
         with FlopCounterMode(display=False) as counter:
             models.build_model(name, CLASSES).to(device)(x)
-        functions = {"ours": step}
+        model = ours(name, device)
+        functions, label = {"ours": training_step(model, model, x, y, device)}, ""
         if not name.startswith("hybrid"):
-            label, other, forward = peer(name)
-            other.to(device)
-            functions["peer"] = stepper(other, lambda forward=forward: forward(x), truth, device, fused=False)
+            label, other, forward = peer(name, device)
+            functions["peer"] = training_step(other, forward, x, y, device, fused=False)
+            if on_gpu:
+                functions["float32"] = training_step(other, forward, x, y, device, fused=False, bf16=False)
         took = in_turn(functions, rounds, device)
-        ratio = took["peer"] / took["ours"] if "peer" in took else None
-        row(f"{name}, training step at batch {B}, clips/s", B / took["ours"], *((label, B / took["peer"]) if ratio else ("", None)), ratio)  # fmt: skip
-        row(
-            "  share of the matrix rate (a step is three forward passes)",
-            3 * counter.get_total_flops() / took["ours"] / rate,
-        )
+        ours_took, what = took.pop("ours"), f"{name}, training step at batch {B}, clips/s"
+        for kind, t in took.items():
+            row(what, B / ours_took, label + (", float32" if kind == "float32" else ""), B / t, t / ours_took)
+        if not took:
+            row(what, B / ours_took)
+        share = 3 * counter.get_total_flops() / ours_took / rate  # a step is three forward passes
+        row("  share of the matrix rate", share)
         row("  the process's peak memory so far, GiB", evaluate.peak_memory(device))
-    for teacher_name, name in what["pairs"]:
+
+
+def bench_kd(row, quick, device, folder):
+    """A distillation step beside the student's alone, for both default directions."""
+    on_gpu = device.type == "cuda"
+    B, rounds = (48, 20) if on_gpu else (4, 2) if quick else (12, 5)
+    x, y = fake_batch(B, device)
+    pairs = ("efficientnet-b0", "ast-base"), ("ast-tiny", "efficientnet-b2")
+    for teacher_name, name in pairs if on_gpu else (ON_CPU, ON_CPU[::-1]):
         model, teacher = ours(name, device), ours(teacher_name, device, train=False).requires_grad_(False)
+        kd, alone = (training_step(model, model, x, y, device, t) for t in ([teacher], []))
+        took = in_turn({"kd": kd, "alone": alone}, rounds, device)
+        what = f"{teacher_name} -> {name}, a step at batch {B}, clips/s"
+        row(what, B / took["kd"], "the student alone", B / took["alone"], took["alone"] / took["kd"])
 
-        def both(model=model, teacher=teacher):
-            with torch.no_grad():
-                zt = teacher(x)
-            return *model(x, both=True), zt
 
-        kd = lambda z: distill.cmkd_loss(z[0], z[2], y, "multi-label", kd_logits=z[1])[0]
-        functions = {"kd": stepper(model, both, kd, device), "alone": stepper(model, lambda model=model: model(x), truth, device)}  # fmt: skip
-        took = in_turn(functions, rounds, device)
-        row(f"{teacher_name} -> {name}, KD step, clips/s", B / took["kd"], "the student alone", B / took["alone"], took["alone"] / took["kd"])  # fmt: skip
+def bench_loop(row, quick, device, folder):
+    """What the training loop adds to a step: reading, mixup, masks, noise, shift, the watch for NaN."""
+    B, rounds = (12, 20) if device.type == "cuda" else (4, 2) if quick else (12, 7)
     data = prep_data.FbankDataset(fake_folder(folder, 512, 1), "train")
-    for name in ON_CPU["models"]:
+    for name in ON_CPU:
         flags = ["--data", str(folder), "--model", name, "--batch-size", str(B), "--pretrained", "no"]
         args = train_teacher.resolve(train_teacher.parser("").parse_args(flags), data)
-        model = ours(name, device)
-        whole, alone, optimizer = [], [], train_teacher.make_optimizer(model, args)
-        fault, began = torch.tensor(torch.inf, device=device), None
+        model, whole, alone, began = ours(name, device), [], [], None
+        fault = torch.tensor(torch.inf, device=device)
         for n, (x, y, _) in enumerate(train_teacher.batches(data, args, 1, device)):
-            alone.append(seconds(one_step, model, optimizer, x, y, device, device=device))
+            alone.append(seconds(training_step(model, model, x, y, device), device=device))
             fault = train_teacher.first_fault(fault, n, y.sum(), model)
             if began:
                 whole.append(time.perf_counter() - began)
             began = time.perf_counter()
-            if n == rounds + 1:
+            if n == rounds:
                 break
         a, b = statistics.median(alone[1:]), statistics.median(whole)
-        row(f"{name}, a loop's step at batch {B}, s", b, "its forward, backward, Adam", a, b / a)
+        row(f"{name}, the loop's step at batch {B}, s", b, "forward, backward, Adam", a, b / a)
+
+
+def bench_hours(row, quick, device, folder):
+    """What `run_all.sh fsd50k` would take for training, computed from the steps of its seven runs: 50 epochs of 36,796 clips."""
+    on_gpu, hours = device.type == "cuda", 0
+    b2, ast, cnns = "efficientnet-b2", "ast-base", ["efficientnet-b0", "densenet-121"]
+    for name, teacher_names in [(m, []) for m in (*cnns, "ast-tiny", b2, ast)] + [(ast, cnns), (b2, ["ast-tiny"])]:
+        B = 4 if not on_gpu else 12 if name.startswith("ast") else 24
+        x, y = fake_batch(B, device)
+        model = ours(name, device)
+        teachers = [ours(t, device, train=False).requires_grad_(False) for t in teacher_names]
+        took = in_turn({"": training_step(model, model, x, y, device, teachers)}, 20 if on_gpu else 1, device)[""]
+        hours += 36_796 * 50 / B * took / 3600
+        what = " + ".join(teacher_names) + (" -> " if teacher_names else "") + name
+        row(f"{what}, clips/s at batch {B}", B / took)
+    row("run_all.sh fsd50k, hours of training, computed", hours)
 
 
 def bench_growth(row, quick, device, folder):
-    """The time of a step against batch and frames, and of opening a folder against its clips: none may grow faster."""
-    rounds = 2 if quick else 5
-    for name in ON_CPU["models"]:
+    """The time of a step against batch and frames, and of opening a folder against its clips."""
+    for name in ON_CPU:
         for B, T in ((2, 500), (4, 500), (8, 500), (4, 250), (4, 1000)):
-            model, x, y = ours(name, device, T), torch.randn(B, T, 128, device=device), torch.zeros(B, CLASSES, device=device)  # fmt: skip
-            step = stepper(model, lambda m=model, x=x: m(x), lambda z, y=y: train_teacher.truth_loss(z.float(), y, "multi-label"), device)  # fmt: skip
-            row(f"{name}, batch {B}, {T} frames, s a step", in_turn({"": step}, rounds, device)[""])
+            model, (x, y) = ours(name, device, T), fake_batch(B, device, T)
+            took = in_turn({"": training_step(model, model, x, y, device)}, 2 if quick else 5, device)[""]
+            row(f"{name}, batch {B}, {T} frames, s a step", took)
     for n in (5_000, 50_000, 500_000):
         (folder / str(n)).mkdir()
         fake_folder(folder / str(n), n, 0)
