@@ -404,10 +404,10 @@ def draw_curves(folder, score):
     for path in sorted(folder.glob("*/log.jsonl")):
         try:
             log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-        except ValueError as e:
+            if log and f"val_{score}" in log[0]:
+                curves[path.parent.name] = [100 * e[f"val_{score}"] for e in log]
+        except (ValueError, KeyError, TypeError) as e:
             raise ValueError(f"{path} is damaged: remove it, the same table is made without its curve") from e
-        if log and f"val_{score}" in log[0]:
-            curves[path.parent.name] = [100 * e[f"val_{score}"] for e in log]
     if not curves:
         return None
     import matplotlib

@@ -675,7 +675,7 @@ def read_json(path, version=None):
             f"{path.parent} is of version {content.get('version')}, this code reads {version}: prepare it again"
         )
     if content is None or known not in (None, checksum(content)):
-        raise ValueError(f"{path} is damaged, or was edited: its checksum is wrong")
+        raise ValueError(f"{path} is damaged or was edited: put it back, or remove {path.parent} and make it again")
     return content
 
 
@@ -712,11 +712,11 @@ def begin_worker():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def work(shard, at, paths, n_frames, seconds):
-    """Fill rows at.. of a shard under construction from these files; [(frames, mean, var) or the reason it cannot]."""
+def work(shard, rows, paths, n_frames, seconds):
+    """Fill rows of a shard under construction from these files; [(frames, mean, var) or the reason it cannot]."""
     out = np.lib.format.open_memmap(shard, mode="r+")
     found = []
-    for row, path in enumerate(paths, at):
+    for row, path in zip(rows, paths):
         try:
             x = fbank(load_audio(path, seconds))[:n_frames].half()
             if not len(x):
@@ -749,24 +749,39 @@ def check_clips(source, clips, task):
     return task or ("multi-label" if many else "single-label")
 
 
-def make_shard(pool, path, clips, n_frames, seconds):
-    """Give the pool a shard's clips; -> a function that waits for them and puts shard and its notes in place."""
-    temporary = path.with_name(f".{path.name}")
-    np.lib.format.open_memmap(temporary, "w+", np.float16, (len(clips), n_frames, N_MELS))
-    with open(temporary, "rb+") as f:  # a full disk is an error here, not a bus error in a worker
-        os.posix_fallocate(f.fileno(), 0, temporary.stat().st_size)
-    files = [str(c[1]) for c in clips]
-    parts = [(i, files[i : i + CHUNK]) for i in range(0, len(files), CHUNK)]
-    futures = [pool.submit(work, temporary, i, part, n_frames, seconds) for i, part in parts]
+def unread(path, clips):
+    """The places in a shard's clips that are still to be read: all, or those that an earlier run could not read."""
+    found = read_json(path.with_suffix(".json"))["found"] if path.exists() else [""] * len(clips)
+    return [n for n, what in enumerate(found) if isinstance(what, str)]
+
+
+def make_shard(pool, path, clips, n_frames, seconds, strict):
+    """Give the pool a shard's clips; -> a function that waits for them and puts shard and its notes in place. `strict`:
+    ValueError for the first that cannot be read, and no shard."""
+    temporary, notes, rows = path.with_name(f".{path.name}"), path.with_suffix(".json"), unread(path, clips)
+    if path.exists():
+        shutil.copyfile(path, temporary)
+    else:
+        np.lib.format.open_memmap(temporary, "w+", np.float16, (len(clips), n_frames, N_MELS))
+        with open(temporary, "rb+") as f:  # a full disk is an error here, not a bus error in a worker
+            os.posix_fallocate(f.fileno(), 0, temporary.stat().st_size)
+    parts = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
+    jobs = [(temporary, part, [str(clips[n][1]) for n in part], n_frames, seconds) for part in parts]
+    futures = [pool.submit(work, *job) for job in jobs]
 
     def finish(bar):
-        found = []
-        for future in futures:
-            found += future.result()
-            bar.update(len(future.result()))
+        found = read_json(notes)["found"] if path.exists() else [None] * len(clips)
+        for part, future in zip(parts, futures):
+            for n, what in zip(part, future.result()):
+                found[n] = what
+                if strict and isinstance(what, str):
+                    reason = f"{clips[n][1]} could not be read ({what}), and --strict stops there"
+                    raise ValueError(f"{reason}: mend it or take it out, the same command goes on")
+            bar.update(len(part))
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
-        write_json(path.with_suffix(".json"), {"crc": crc32(temporary), "found": found})
+        path.unlink(missing_ok=True)  # notes never speak of another shard than the one beside them
+        write_json(notes, {"crc": crc32(temporary), "found": found})
         os.replace(temporary, path)  # last: a shard that exists is complete
 
     return finish
@@ -802,8 +817,7 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None, st
             old.unlink()
         starts = range(0, len(clips), SHARD)
         shards = {out / f"fbank-{s:05d}.npy": clips[at : at + SHARD] for s, at in enumerate(starts)}
-        todo = [path for path in shards if not path.exists()]
-        done = len(clips) - sum(len(shards[path]) for path in todo)
+        todo = {path: n for path in shards if (n := len(unread(path, shards[path])))}
         print(
             f"{source}: {len(clips)} clips of {seconds:g} s, {len(classes)} classes, {task}; {workers} workers -> {out}"
         )
@@ -811,10 +825,10 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None, st
         context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
         pool = concurrent.futures.ProcessPoolExecutor(workers, context, begin_worker)
         waiting = collections.deque()
-        with room(out), pool, tqdm(total=len(clips), initial=done, unit="clip") as bar:
+        with room(out), pool, tqdm(total=len(clips), initial=len(clips) - sum(todo.values()), unit="clip") as bar:
             try:
                 for path in todo:
-                    waiting.append(make_shard(pool, path, shards[path], n_frames, seconds))
+                    waiting.append(make_shard(pool, path, shards[path], n_frames, seconds, strict))
                     if len(waiting) > 1 + workers // 8:
                         waiting.popleft()(bar)
                 while waiting:
@@ -846,7 +860,7 @@ def write_tables(out, facts, classes, shards, missing, strict):
     if len(skipped) > (0 if strict else 0.05 * n_clips):
         raise ValueError(
             f"{len(skipped)} of {n_clips} clips could not be read, {first}; all are named in {out / 'skipped.csv'}. "
-            f"The rest is kept: mend the files, remove {out}, and prepare again"
+            "The rest is kept: mend the files, and the same command reads them again"
         )
     write_csv(out / "classes.csv", ["index", "mid", "display_name"], ([i, *c] for i, c in enumerate(classes)))
     kept = ((row, clip, found) for row, clip, found in noted() if not isinstance(found, str))

@@ -238,7 +238,12 @@ def test_strict_stops_at_one_unreadable_clip_and_the_rest_goes_on_without(tmp_pa
             sound(tmp_path / "in" / kind / f"{i}.wav", 0.4)
     (tmp_path / "in" / "a" / "3.wav").write_bytes(b"RIFF")
     said = prep(tmp_path / "in", tmp_path / "strict", "--strict")
-    assert said.startswith("error: 1 of 24") and "3.wav" in said
+    assert said.startswith("error: ") and "3.wav could not be read" in said and "--strict" in said
+    assert not list((tmp_path / "strict").glob("fbank-*"))
+    good = (tmp_path / "in" / "a" / "4.wav").read_bytes()
+    (tmp_path / "in" / "a" / "3.wav").write_bytes(good)
+    assert "wrote" in prep(tmp_path / "in", tmp_path / "strict", "--strict")
+    (tmp_path / "in" / "a" / "3.wav").write_bytes(b"RIFF")
     assert "skipped 1" in prep(tmp_path / "in", tmp_path / "loose")
     assert len(columns(tmp_path / "loose" / "clips.csv")["id"]) == 23
 
