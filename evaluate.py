@@ -47,8 +47,10 @@ def setup(device=None):
         raise ValueError("--device cuda, but PyTorch sees no GPU here: use --device cpu")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     local, n_local = (int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
-    if n_local > 1 or "OMP_NUM_THREADS" not in os.environ:  # torchrun sets it to 1, whatever the machine has
-        torch.set_num_threads(max(1, cores() // n_local))
+    if n_local > 1:  # torchrun sets OMP_NUM_THREADS to 1, whatever the machine has
+        torch.set_num_threads(max(1, prep_data.cores() // n_local))
+    elif "OMP_NUM_THREADS" not in os.environ:  # torch does not see a container's quota
+        torch.set_num_threads(min(prep_data.cores(), torch.get_num_threads()))
     if use_cuda:
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
@@ -56,15 +58,6 @@ def setup(device=None):
         dist.init_process_group("nccl" if use_cuda else "gloo")
         atexit.register(dist.destroy_process_group)
     return torch.device("cuda", local) if use_cuda else torch.device("cpu")
-
-
-def cores():
-    """The cores that this process may use: those of its affinity, fewer where a container's quota says so."""
-    n, quota = len(os.sched_getaffinity(0)), pathlib.Path("/sys/fs/cgroup/cpu.max")
-    if quota.exists():
-        limit, period = quota.read_text().split()
-        n = n if limit == "max" else min(n, math.ceil(int(limit) / int(period)))
-    return min(n, torch.get_num_threads())  # torch's own choice leaves hyperthreads out
 
 
 def peak_memory(device):
@@ -211,8 +204,14 @@ def say_absent(positives, data):
 def score_checkpoints(paths, split, root, device):
     """Score one checkpoint, or the ensemble of several (mean of probabilities); write and print the scores."""
     total, first, start = 0, None, time.time()
+    out, name = paths[0].parent, paths[0].stem
+    if len(paths) > 1:
+        runs = dict.fromkeys(re.sub(r"-s\d+$", "", p.parent.name) for p in paths)
+        out = paths[0].parent.parent / ("ensemble-" + "+".join(runs))
     for path in paths:
         model, meta = models.load_checkpoint(path)
+        if not os.access(out if out.exists() else out.parent, os.W_OK):
+            raise ValueError(f"{out} is not writable, and the scores go there: copy the checkpoint elsewhere")
         first = first or meta
         if (meta["classes"], meta["args"].get("fold")) != (first["classes"], first["args"].get("fold")):
             raise ValueError(f"{path} has other classes or another fold than {paths[0]}: they make no ensemble")
@@ -226,11 +225,6 @@ def score_checkpoints(paths, split, root, device):
     if ranks()[0]:
         return
     found = scores(total, y, data.task)
-    out, name = paths[0].parent, paths[0].stem
-    if len(paths) > 1:
-        out = paths[0].parent.parent / (
-            "ensemble-" + "+".join(dict.fromkeys(re.sub(r"-s\d+$", "", p.parent.name) for p in paths))
-        )
     ap, auc, positives = (found.pop(k) for k in ("AP", "AUC", "positives"))
     result = {
         **{k: v if math.isfinite(v) else None for k, v in found.items()},

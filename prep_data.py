@@ -701,6 +701,17 @@ def unlock(folder):
     os.close(LOCKS.pop(os.path.realpath(folder)))
 
 
+def cores():
+    """The cores that this process may use: those of its affinity, fewer where a container's quota says so."""
+    n, quota = os.cpu_count(), pathlib.Path("/sys/fs/cgroup/cpu.max")
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        n = len(os.sched_getaffinity(0))
+    if quota.exists():
+        limit, period = quota.read_text().split()
+        n = n if limit == "max" else min(n, math.ceil(int(limit) / int(period)))
+    return n
+
+
 def begin_worker():
     """Runs first in each worker: ends it when the preparation is killed, or it would wait for work for ever."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -763,8 +774,9 @@ def make_shard(pool, path, clips, n_frames, seconds, strict):
         shutil.copyfile(path, temporary)
     else:
         np.lib.format.open_memmap(temporary, "w+", np.float16, (len(clips), n_frames, N_MELS))
-        with open(temporary, "rb+") as f:  # a full disk is an error here, not a bus error in a worker
-            os.posix_fallocate(f.fileno(), 0, temporary.stat().st_size)
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a bus error in a worker
+            with open(temporary, "rb+") as f:
+                os.posix_fallocate(f.fileno(), 0, temporary.stat().st_size)
     parts = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
     jobs = [(temporary, part, [str(clips[n][1]) for n in part], n_frames, seconds) for part in parts]
     futures = [pool.submit(work, *job) for job in jobs]
@@ -794,7 +806,7 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None, st
     ValueError if `out` holds another preparation or is in use, or if more than 5 % of the clips (`strict`: any) could not
     be read; what could is kept.
     """
-    out, n_frames, workers = pathlib.Path(out), round(seconds * 100), workers or os.cpu_count()
+    out, n_frames, workers = pathlib.Path(out), round(seconds * 100), workers or cores()
     missing, clips = [c for c in clips if c[1] is None], [c for c in clips if c[1] is not None]
     task = check_clips(source, clips, task)
     facts = {"version": VERSION, "source": source, "task": task, "sample_rate": SAMPLE_RATE, "n_mels": N_MELS}
@@ -1127,7 +1139,7 @@ def main():
         help="the raw data (default: esc10, esc50, fsd50k are downloaded next to --out); csv: a table or class folders",
     )
     p.add_argument("--out", type=pathlib.Path, help="the prepared folder (default: data/DATASET)")
-    p.add_argument("--workers", type=int, help="processes (default: one for each core)")
+    p.add_argument("--workers", type=int, help="processes (default: one for each core it may use)")
     p.add_argument(
         "--clip-seconds", type=float, help="kept of each clip, shorter ones are padded (default: 10; ESC: 5; demo: 2)"
     )
