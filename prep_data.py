@@ -670,7 +670,7 @@ def read_json(path, version=None):
         known = content.pop("checksum", None)
     except (ValueError, AttributeError, TypeError):
         content = known = None
-    if content is not None and content.get("version") != version:
+    if version is not None and content is not None and content.get("version") != version:
         raise ValueError(
             f"{path.parent} is of version {content.get('version')}, this code reads {version}: prepare it again"
         )
