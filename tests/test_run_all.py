@@ -138,7 +138,9 @@ while true; do sleep 0.1; done
 """
     (tmp_path / "python").write_text(stage)
     (tmp_path / "python").chmod(0o755)
-    line, env = ["bash", ROOT / "run_all.sh", "demo"], os.environ | {"PYTHON": str(tmp_path / "python")}
+    # a process started in the background ignores SIGINT, and a script below it could not trap it
+    line = ["env", "--default-signal=INT", "bash", ROOT / "run_all.sh", "demo"]
+    env = os.environ | {"PYTHON": str(tmp_path / "python")}
     run = subprocess.Popen(line, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "started").exists():
         time.sleep(0.02)
