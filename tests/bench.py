@@ -220,6 +220,13 @@ def matrix_rate(device):
     return 2 * n**3 / in_turn({"": lambda: a @ a}, 10, device)[""]
 
 
+def flops(name, x):
+    """Of one forward pass, counted."""
+    with FlopCounterMode(display=False) as counter:
+        models.build_model(name, CLASSES).to(x.device)(x)
+    return counter.get_total_flops()
+
+
 def bench_steps(row, quick, device, folder):
     """A training step of each model beside its peer's, and the share of the device's matrix rate that it reaches."""
     on_gpu = device.type == "cuda"
@@ -227,8 +234,6 @@ def bench_steps(row, quick, device, folder):
     (x, y), rate = fake_batch(B, device), matrix_rate(device)
     row("matrix product, TFLOP/s", rate / 1e12)
     for name in models.MODELS if on_gpu else ON_CPU:
-        with FlopCounterMode(display=False) as counter:
-            models.build_model(name, CLASSES).to(device)(x)
         model = ours(name, device)
         functions, label = {"ours": training_step(model, model, x, y, device)}, ""
         if not name.startswith("hybrid"):
@@ -242,8 +247,7 @@ def bench_steps(row, quick, device, folder):
             row(what, B / ours_took, label + (", float32" if kind == "float32" else ""), B / t, t / ours_took)
         if not took:
             row(what, B / ours_took)
-        share = 3 * counter.get_total_flops() / ours_took / rate  # a step is three forward passes
-        row("  share of the matrix rate", share)
+        row("  share of the matrix rate", 3 * flops(name, x) / ours_took / rate)  # a step is three forward passes
         row("  the process's peak memory so far, GiB", evaluate.peak_memory(device))
 
 
@@ -251,7 +255,7 @@ def bench_kd(row, quick, device, folder):
     """A distillation step beside the student's alone, for both default directions."""
     on_gpu = device.type == "cuda"
     B, rounds = (48, 20) if on_gpu else (4, 2) if quick else (12, 5)
-    x, y = fake_batch(B, device)
+    (x, y), rate = fake_batch(B, device), matrix_rate(device)
     pairs = ("efficientnet-b0", "ast-base"), ("ast-tiny", "efficientnet-b2")
     for teacher_name, name in pairs if on_gpu else (ON_CPU, ON_CPU[::-1]):
         model, teacher = ours(name, device), ours(teacher_name, device, train=False).requires_grad_(False)
@@ -259,6 +263,8 @@ def bench_kd(row, quick, device, folder):
         took = in_turn({"kd": kd, "alone": alone}, rounds, device)
         what = f"{teacher_name} -> {name}, a step at batch {B}, clips/s"
         row(what, B / took["kd"], "the student alone", B / took["alone"], took["alone"] / took["kd"])
+        row("  share of the matrix rate", (3 * flops(name, x) + flops(teacher_name, x)) / took["kd"] / rate)
+        row("  the process's peak memory so far, GiB", evaluate.peak_memory(device))
 
 
 def bench_loop(row, quick, device, folder):
