@@ -60,11 +60,11 @@ stage() { # NAME COMMAND...: run a stage, or stop with its name
   [ $code -eq 0 ] || { echo "run_all.sh: stage '$name' failed (exit code $code); mend it and run the same command again" >&2; exit $code; }
 }
 stop() { # a pre-emption or Ctrl-C: the stage finishes its step and saves
-  kill -TERM "$child" 2>/dev/null || true
-  wait "$child" || true
+  [ -z "$child" ] || { kill -TERM "$child" 2>/dev/null && wait "$child" || true; }
   echo "run_all.sh: stopped; the same command goes on where it was" >&2
   exit 143
 }
+child=
 trap stop TERM INT
 python_n() { # on several GPUs through torchrun
   if [ "${GPUS:-1}" -gt 1 ]; then "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" "$@"; else "$PYTHON" "$@"; fi

@@ -1,6 +1,6 @@
 """Supervised training: every teacher, and the no-KD baseline of every student (Section 3.2, Table 2).
 
-    python prep_data.py demo && python train_teacher.py --data data/demo --model efficientnet-b0     # CPU, minutes
+    python prep_data.py demo && python train_teacher.py --data data/demo --model efficientnet-b0     # CPU
     python train_teacher.py --data data/fsd50k --model ast-base                                      # one GPU
     torchrun --nproc_per_node=8 train_teacher.py --data data/fsd50k --model ast-base                 # 8 GPUs
 
@@ -395,10 +395,8 @@ def begin_run(args, model, meta, history, data, device):
         return
     where = "disk, through the page cache" if data.cache is None else f"{device.type} memory"
     print(f"{len(data)} training clips, {need / 2**30:.2f} GiB, are read from {where}")
-    files = (
-        args.epochs - len(history) + 9
-    )  # ep-00, best and wa; last holds Adam's state too, and is written beside itself
-    need = files * sum(v.nbytes for v in model.state_dict().values())
+    # besides the epochs: ep-00, best, wa, and last, which holds Adam's state too and is written beside itself
+    need = (args.epochs - len(history) + 9) * sum(v.nbytes for v in model.state_dict().values())
     free = shutil.disk_usage(args.out).free
     print(f"checkpoints will take up to {need / 2**30:.2f} GiB in {args.out} ({free / 2**30:.0f} GiB free)")
     if need > free:

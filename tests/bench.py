@@ -1,6 +1,6 @@
 """The one place for speed claims: ours beside the usual way, in one run on one machine, as ratios.
 
-    python tests/bench.py                            # all of it on the CPU, a quarter of an hour; --quick: small sizes
+    python tests/bench.py                            # all of it on the CPU; --quick: small sizes
     python tests/bench.py steps growth               # some of it
     python tests/bench.py --device cuda              # not run yet
 
