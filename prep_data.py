@@ -823,6 +823,7 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None, st
                 what = "another preparation (other clips or settings)"
                 raise ValueError(f"{out} holds {what}: give another --out, or remove it")
         if (out / "stats.json").exists():
+            remove_notes(out)
             return print(f"{out} is complete: nothing to do")
         write_json(out / "unfinished.json", facts)
         for old in out.glob(".fbank-*"):
@@ -856,6 +857,12 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None, st
         unlock(out)
 
 
+def remove_notes(out):
+    """What a finished folder does not need; killed just before, the next run does it."""
+    for path in (out / "unfinished.json", *out.glob("fbank-*.json")):
+        path.unlink(missing_ok=True)
+
+
 def write_tables(out, facts, classes, shards, missing, strict):
     """The last pass: skipped.csv, classes.csv, clips.csv and stats.json from the notes beside each shard."""
 
@@ -882,9 +889,7 @@ def write_tables(out, facts, classes, shards, missing, strict):
     facts["crc32"] = [read_json(path.with_suffix(".json"))["crc"] for path in shards]
     facts["tables"] = {name: crc32(out / name) for name in ("classes.csv", "clips.csv")}
     write_json(out / "stats.json", facts)
-    (out / "unfinished.json").unlink()
-    for path in shards:
-        path.with_suffix(".json").unlink(missing_ok=True)
+    remove_notes(out)
     if skipped:
         print(f"skipped {len(skipped)}, named with the reason in {out / 'skipped.csv'}; {first}")
     group = lambda c: f"fold {c[3]}" if c[3] != "" else c[2]

@@ -436,6 +436,9 @@ def test_a_killed_preparation_goes_on_to_the_same_bytes(small, killed, monkeypat
     after = os.stat(done)
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)  # kept, not made again
     capsys.readouterr()
+    for name in ("unfinished.json", "fbank-00003.json"):  # as if killed between stats.json and their removal
+        (out / name).write_text("{}")
+    (out / "unfinished.json").write_bytes((out / "stats.json").read_bytes())
     resume(monkeypatch, table, out, 1)
     assert "nothing to do" in capsys.readouterr().out and files(out) == files(whole)
     with pytest.raises(ValueError, match="another preparation"):
