@@ -54,6 +54,7 @@ def setup(device=None):
     if use_cuda:
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
+        torch.backends.cudnn.benchmark = True  # shapes do not change
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo")
         atexit.register(dist.destroy_process_group)
@@ -81,6 +82,15 @@ def ahead(work, steps, device):
 def ranks():
     """(this process's rank, number of processes)"""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def agree(what, value):
+    """ValueError unless every process has the same value: machines that differ would wait for each other for ever."""
+    seen = [value] * ranks()[1]
+    if len(seen) > 1:
+        dist.all_gather_object(seen, value)
+    if seen.count(value) < len(seen):
+        raise ValueError(f"{what} is not the same for all processes: give every machine the same folders")
 
 
 def autocast(device):
@@ -154,7 +164,7 @@ def predict(model, data, device, mean, std, batch_size=48, label="predict"):
         for x in ahead(host, range(0, len(mine), batch_size), device):
             n = len(x)
             x = prep_data.normalise(x.to(device, non_blocking=True).float(), mean, std)
-            if on_gpu:  # the last batch keeps the shape that was compiled
+            if on_gpu and n < batch_size:  # the last batch keeps the shape that was compiled
                 x = F.pad(x, (0, 0, 0, 0, 0, batch_size - n))
             with autocast(device):
                 logits = model(x)[:n].float()

@@ -23,6 +23,7 @@ import time
 import numpy as np
 import torch
 import torch.nn.functional as F
+from timm.layers import convert_sync_batchnorm
 from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
@@ -128,6 +129,7 @@ def start(args, data, suffix=""):
         args.out = pathlib.Path("exp", name, f"{args.model.replace(':', '-')}{suffix}{fold}-s{args.seed}")
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "no_compile", "cache")}
     settings = json.loads(json.dumps(settings | {"data": str(data.root)}))  # tuples become lists
+    evaluate.agree(data.root, data.stats["crc32"])
     if evaluate.ranks()[0] == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         prep_data.lock(args.out)
@@ -238,7 +240,8 @@ def faster(model, args, device):
     """channels_last for a CNN and torch.compile on CUDA, both in place; all that a frozen teacher needs."""
     if not isinstance(model, models.AST):
         model.to(memory_format=torch.channels_last)
-    if device.type == "cuda" and not args.no_compile:
+    synced = any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())  # each would cut the graph in two
+    if device.type == "cuda" and not args.no_compile and not synced:
         model.compile(dynamic=False)
     return model
 
@@ -246,16 +249,18 @@ def faster(model, args, device):
 def wrap(model, args, device):
     """The student as it trains: under torchrun in DDP, with SyncBatchNorm on GPUs."""
     if evaluate.ranks()[1] > 1 and device.type == "cuda":
-        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
+        model = convert_sync_batchnorm(model)  # timm's: torch's would drop the activations inside timm's norms
     model = faster(model, args, device)
-    return DistributedDataParallel(model) if evaluate.ranks()[1] > 1 else model
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if evaluate.ranks()[1] > 1 else model
 
 
 def resume(args, model, optimizer):
     """Go on from last.pt if there is one: -> (epoch, step, running totals, history of finished epochs)."""
-    if not (args.out / "last.pt").exists():
+    file = args.out / "last.pt"
+    last = models.read_checkpoint(file) if file.exists() else None
+    evaluate.agree(file, last and (last["epoch"], last["step"]))
+    if last is None:
         return 1, 0, None, []
-    last = models.read_checkpoint(args.out / "last.pt")
     model.load_state_dict(last["state"])
     optimizer.load_state_dict(last["optimizer"])
     history, step = last["history"], last["step"]
@@ -264,7 +269,7 @@ def resume(args, model, optimizer):
             finish_run(args, history)
         print(f"{args.out} is trained already ({args.epochs} epochs); remove it to train again")
         sys.exit(0)
-    print(f"going on from {args.out / 'last.pt'}: epoch {len(history) + 1}, step {step}")
+    print(f"going on from {file}: epoch {len(history) + 1}, step {step}")
     return len(history) + 1, step, last["totals"], history
 
 

@@ -1,0 +1,191 @@
+"""What a machine without a GPU can see of the CUDA path: shapes, types and devices of a whole step on tensors that only say they
+are on a GPU (any wait of the host for the device, `.item()` say, raises there), what torch.compile is given, and SyncBatchNorm."""
+
+import math
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+import distill
+import evaluate
+import models
+import prep_data
+import train_teacher
+
+GPU = torch.device("cuda", 0)
+SMALL = "timm:mobilenetv3_small_050"
+NAMES = ["ast-tiny", SMALL, "densenet-121", "hybrid-b0"]
+
+
+def settings(data, name, *flags):
+    line = ["--data", str(data.root), "--model", name, "--pretrained", "no", "--batch-size", "12", *flags]
+    return train_teacher.resolve(train_teacher.parser("").parse_args(line), data)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Tensors made in here are of no content; what needs a driver is replaced."""
+    rand, generator = torch.rand, torch.Generator
+    monkeypatch.setattr(evaluate, "ahead", lambda work, steps, device: map(work, steps))  # the mode knows one thread
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)
+    monkeypatch.setattr(torch, "Generator", lambda device: generator())
+    monkeypatch.setattr(torch, "rand", lambda *a, generator, **k: rand(*a, **k))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        yield mode
+
+
+def opened(folder, split, mode, monkeypatch):
+    """A data set that reads real clips, into the mode's GPU if they are kept there."""
+    data = prep_data.FbankDataset(folder, split)
+    read = data.fetch
+
+    def fetch(indices):
+        with unset_fake_temporarily() if data.cache is None else mode:
+            return read(indices)
+
+    monkeypatch.setattr(data, "fetch", fetch)
+    return data
+
+
+def moved(model):
+    """model.to(GPU), which the mode cannot do to real weights."""
+    for m in model.modules():
+        for k, v in m._parameters.items():
+            m._parameters[k] = v if v is None else torch.nn.Parameter(torch.empty_like(v, device=GPU), v.requires_grad)
+        for k, v in m._buffers.items():
+            m._buffers[k] = v if v is None else torch.empty_like(v, device=GPU)
+    return model
+
+
+def built(data, name, **options):
+    with unset_fake_temporarily():  # timm reads its own tensors
+        model = models.build_model(name, len(data.classes), data.n_frames, **options)
+        return model.to(memory_format=torch.channels_last) if models.family(name) == "cnn" else model
+
+
+@pytest.mark.parametrize("cache", ["disk", "device"])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_distillation_step_stays_on_the_gpu(multi, gpu, name, cache, monkeypatch):
+    data = opened(multi, "train", gpu, monkeypatch)
+    args = settings(data, name, "--warmup", "0")
+    model, teacher = moved(built(data, name, kd_head=True)).train(), moved(built(data, SMALL)).eval()
+    teacher.requires_grad_(False)
+    if cache == "device":
+        data.keep_on(GPU)
+        assert data.cache.device == GPU and data.fetch([3, 1])[0].device == GPU
+    optimizer = train_teacher.make_optimizer(model, args)
+    total, fault = torch.zeros(3, device=GPU), torch.full((), math.inf, device=GPU)
+    for step, (x, y, mixed) in enumerate(train_teacher.batches(data, args, 1, GPU)):
+        assert {v.device for v in (x, y, mixed)} == {GPU} and x.shape == (12, data.n_frames, 128)
+        with evaluate.autocast(GPU):
+            with torch.no_grad():
+                teacher_logits = [teacher(x)]
+            logits, kd_logits = model(x, both=True)
+        assert {v.dtype for v in (*teacher_logits, logits, kd_logits)} == {torch.float32}
+        losses = distill.cmkd_loss(logits, teacher_logits, y, data.task, 0.5, 1.0, kd_logits)
+        for p in model.parameters():  # PyTorch's own backward pass wants a driver
+            p.grad = torch.empty_like(p)
+        fault = train_teacher.first_fault(fault, step, losses[0], model)
+        optimizer.step()
+        total += torch.stack(losses).detach()
+    assert step == 3 and total.device == fault.device == GPU
+    with pytest.raises(Exception, match="_local_scalar_dense"):
+        total[0].item()  # so the step had none
+
+
+def test_predictions_on_the_gpu_have_one_shape(multi, gpu, monkeypatch):
+    data, shapes = opened(multi, "eval", gpu, monkeypatch), []
+    model = moved(built(data, "ast-tiny"))
+    model.register_forward_pre_hook(lambda _, inputs: shapes.append((tuple(inputs[0].shape), inputs[0].device)))
+
+    def arrived(found):
+        assert found.device == GPU and found.shape == (14, 3)
+        raise ConnectionAbortedError
+
+    monkeypatch.setattr(torch.Tensor, "cpu", arrived)
+    with pytest.raises(ConnectionAbortedError):
+        evaluate.predict(model, data, GPU, data.mean, data.std, batch_size=5)
+    assert shapes == [((5, data.n_frames, 128), GPU)] * 3
+
+
+@pytest.mark.parametrize("free, flag, place", [(1e9, [], "cuda"), (1e6, [], None), (1e6, ["--cache", "device"], "cuda"), (1e9, ["--cache", "disk"], None)])  # fmt: skip
+def test_clips_live_on_the_gpu_where_they_fit(multi, gpu, tmp_path, monkeypatch, capsys, free, flag, place):
+    data = opened(multi, "train", gpu, monkeypatch)  # 48 clips of 100 x 128 x 2 bytes: 1.2 MB
+    args = settings(data, SMALL, "--out", str(tmp_path), *flag)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 8e9))
+    train_teacher.begin_run(args, torch.nn.Linear(2, 2), {}, [{}], data, GPU)
+    assert (data.cache is not None and data.cache.device.type) == (place or False)
+    assert ("from cuda memory" if place else "through the page cache") in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_one_graph_for_training_and_one_for_scoring(multi, name, monkeypatch):
+    data = prep_data.FbankDataset(multi, "train")
+    model, plain = models.build_model(name, 3, data.n_frames), torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **k: plain(m, fullgraph=True, backend="eager", **k))
+    torch._dynamo.reset()
+    counters.clear()
+    train_teacher.faster(model, settings(data, name), GPU)
+    for epoch in range(2):
+        model.train()
+        for _ in range(3):
+            sum(model(torch.randn(4, data.n_frames, 128), both=True)).sum().backward()
+        assert counters["stats"]["unique_graphs"] == epoch + 1
+        with torch.no_grad():
+            model.eval()(torch.randn(8, data.n_frames, 128))
+        assert counters["stats"]["unique_graphs"] == 2
+    other = models.build_model(name, 3, data.n_frames)
+    assert train_teacher.faster(other, settings(data, name, "--no-compile"), GPU)._compiled_call_impl is None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["ast-tiny", "efficientnet-b0", "hybrid-b0"])
+def test_compiled_models_compute_the_same(multi, name):
+    data, found = prep_data.FbankDataset(multi, "train"), []
+    for flags in (["--no-compile"], []):
+        torch.manual_seed(0)
+        model = models.build_model(name, 3, data.n_frames).double().train()
+        torch.manual_seed(1)
+        z = train_teacher.faster(model, settings(data, name, *flags), GPU)(torch.randn(4, data.n_frames, 128).double())
+        z.square().sum().backward()
+        assert (model._compiled_call_impl is None) == bool(flags)
+        found.append([z.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
+    for a, b in zip(*found):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", [SMALL, "efficientnet-b0", "densenet-121", "hybrid-b0"])
+def test_synchronised_norms_keep_timms_activations(multi, name, monkeypatch):
+    data = prep_data.FbankDataset(multi, "train")
+    model, x = models.build_model(name, 3, data.n_frames).eval(), torch.randn(2, data.n_frames, 128)
+    with torch.no_grad():
+        before, names, args = model(x), list(model.state_dict()), settings(data, name)
+        monkeypatch.setattr(evaluate, "ranks", lambda: (0, 2))
+        monkeypatch.setattr(train_teacher, "DistributedDataParallel", lambda m, **_: m)
+        after = train_teacher.wrap(model, args, GPU)
+        assert after is model and list(after.state_dict()) == names
+        torch.testing.assert_close(after(x), before, rtol=1e-4, atol=1e-5)
+    norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    assert norms and all(isinstance(m, torch.nn.SyncBatchNorm) for m in norms)
+    assert model._compiled_call_impl is None  # each of them would end a graph
+
+
+@pytest.mark.parametrize("kd_head", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_bfloat16_logits_do_not_tie(name, kd_head):
+    model = models.build_model(name, 3, n_frames=64, kd_head=kd_head).eval()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        z = torch.stack(model(torch.randn(8, 64, 128), both=True))
+    assert z.dtype == torch.float32 and (z.bfloat16().float() != z).float().mean() > 0.9
+
+
+def test_a_full_gpu_is_one_sentence(capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with pytest.raises(SystemExit, match="error: the GPU's memory is full: use a smaller --batch-size"):
+        models.command_line(main)
