@@ -493,9 +493,12 @@ def command_line(main):
         stop("stopped by Ctrl-C; the same command goes on from the last save")
     except torch.OutOfMemoryError:
         stop("error: the GPU's memory is full: use a smaller --batch-size, or --cache disk where the clips took it")
-    except Exception as e:
-        known = isinstance(e, (ValueError, OSError)) and not os.environ.get("TRACEBACK")
-        stop(f"error: {e}" if known else traceback.format_exc())  # TRACEBACK=1 python ... shows where it came from
+    except (ValueError, OSError) as e:  # TRACEBACK=1 python ... shows where it came from
+        stop(traceback.format_exc() if os.environ.get("TRACEBACK") else f"error: {e}")
+    except Exception:
+        if not torch.distributed.is_initialized():
+            raise
+        stop(traceback.format_exc())
 
 
 def stop(message):

@@ -923,7 +923,15 @@ class FbankDataset(torch.utils.data.Dataset):
         with open(self.root / "clips.csv", newline="", encoding="utf-8") as f:
             lines = csv.reader(f)
             next(lines)
-            rows, folds, splits = [], set(), set()
+            rows, ids, labels, frames, mean, var = columns = (
+                [],
+                [],
+                [],
+                [],
+                [],
+                [],
+            )  # as tuples they would keep the GC busy
+            folds, splits = set(), set()
             for r in lines:
                 folds.add(r[4])
                 splits.add(r[3])
@@ -932,7 +940,8 @@ class FbankDataset(torch.utils.data.Dataset):
                 else:
                     chosen = (r[4] == str(fold)) == (split == "eval")
                 if chosen:
-                    rows.append((int(r[0]), r[1], r[5], int(r[6]), float(r[7]), float(r[8])))
+                    for column, value in zip(columns, (int(r[0]), r[1], r[5], int(r[6]), float(r[7]), float(r[8]))):
+                        column.append(value)
         folds, splits = sorted(folds - {""}, key=int), sorted(splits - {""})
         if fold is None and not splits:
             raise ValueError(f"{self.root} has folds, not splits: give --fold, one of {', '.join(folds)}")
@@ -943,17 +952,16 @@ class FbankDataset(torch.utils.data.Dataset):
             have = splits if fold is None else ["train", "eval"]
             raise ValueError(f"{self.root} has no split '{split}': it has {', '.join(have)}")
         self.has_val = fold is None and "val" in splits
-        rows, self.ids, labels, frames, mean, var = zip(*rows)
+        self.ids = tuple(ids)
         self.rows, self.frames = (np.array(rows), np.array(frames))  # (n,): place in the shards, own frame count
         mean, var, share = np.array(mean), np.array(var), self.frames / self.frames.sum()
         self.mean = float(share @ mean)
         self.std = float(np.sqrt(share @ (var + mean**2) - self.mean**2))
-        labels = [[int(k) for k in v.split(";")] if v else [] for v in labels]
-        self.labels = np.full(
-            (len(rows), max(1, *map(len, labels))), -1, np.int64
-        )  # (n, most labels of a clip), filled with -1
+        most = 1 + max(own.count(";") for own in labels)
+        self.labels = np.full((len(rows), most), -1, np.int64)  # (n, most labels of a clip), filled with -1
         for i, own in enumerate(labels):
-            self.labels[i, : len(own)] = own
+            if own:
+                self.labels[i, : own.count(";") + 1] = [int(k) for k in own.split(";")]
         n_shards = len(self.stats["crc32"])
         missing = [f"fbank-{s:05d}.npy" for s in range(n_shards) if not (self.root / f"fbank-{s:05d}.npy").is_file()]
         if missing:

@@ -11,6 +11,7 @@ step by step, and a ratio is that of the medians.
 import argparse
 import contextlib
 import csv
+import itertools
 import json
 import os
 import pathlib
@@ -20,6 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from functools import partial
 
 import numpy as np
 import soundfile
@@ -41,6 +43,7 @@ import train_teacher
 
 CLASSES = 200
 HF_SIZES = {"ast-tiny": (192, 3), "ast-small": (384, 6), "ast-base": (768, 12)}  # width, heads
+PEAK = "  peak memory (of the process so far on a CPU), GiB"
 ON_CPU = "efficientnet-b0", "ast-tiny"  # what a CPU can do in minutes
 
 
@@ -193,12 +196,12 @@ def fake_batch(B, device, n_frames=1000):
     return x, y.float()
 
 
-def training_step(model, forward, x, y, device, teachers=(), fused=True, bf16=True):
-    """-> a function that does one step on a fixed batch: forward passes, loss, backward, Adam."""
+def training_step(model, forward, teachers=(), fused=True, bf16=True):
+    """-> a function of a batch (x, y) that does one step: forward passes, loss, backward, Adam."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-4, train_teacher.BETAS, weight_decay=5e-7, fused=fused)
 
-    def step():
-        with evaluate.autocast(device) if bf16 else contextlib.nullcontext():
+    def step(x, y):
+        with evaluate.autocast(x.device) if bf16 else contextlib.nullcontext():
             with torch.no_grad():
                 teacher_logits = [teacher(x) for teacher in teachers]
             z = forward(x)
@@ -211,6 +214,23 @@ def training_step(model, forward, x, y, device, teachers=(), fused=True, bf16=Tr
         optimizer.step()
 
     return step
+
+
+def by_default(step, x, y):
+    """The step in PyTorch's default float32, without TF32 in matrix products."""
+    torch.set_float32_matmul_precision("highest")
+    step(x, y)
+    torch.set_float32_matmul_precision("high" if x.is_cuda else "highest")
+
+
+def first_peak(step, batch):
+    """Do two steps, the first of which compiles: -> the GPU's peak memory in the second, or the process's so far (GiB)."""
+    device = batch[0].device
+    step(*batch)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    step(*batch)
+    return evaluate.peak_memory(device)
 
 
 def matrix_rate(device):
@@ -231,61 +251,80 @@ def bench_steps(row, quick, device, folder):
     """A training step of each model beside its peer's, and the share of the device's matrix rate that it reaches."""
     on_gpu = device.type == "cuda"
     B, rounds = (48, 20) if on_gpu else (4, 2) if quick else (12, 7)
-    (x, y), rate = fake_batch(B, device), matrix_rate(device)
+    batch, rate = fake_batch(B, device), matrix_rate(device)
     row("matrix product, TFLOP/s", rate / 1e12)
     for name in models.MODELS if on_gpu else ON_CPU:
         model = ours(name, device)
-        functions, label = {"ours": training_step(model, model, x, y, device)}, ""
+        step = training_step(model, model)
+        peak = first_peak(step, batch)
+        functions, label = {"ours": partial(step, *batch)}, ""
         if not name.startswith("hybrid"):
             label, other, forward = peer(name, device)
-            functions["peer"] = training_step(other, forward, x, y, device, fused=False)
+            functions["peer"] = partial(training_step(other, forward, fused=False), *batch)
             if on_gpu:
-                functions["float32"] = training_step(other, forward, x, y, device, fused=False, bf16=False)
+                functions["float32"] = partial(
+                    by_default, training_step(other, forward, fused=False, bf16=False), *batch
+                )
         took = in_turn(functions, rounds, device)
         ours_took, what = took.pop("ours"), f"{name}, training step at batch {B}, clips/s"
         for kind, t in took.items():
             row(what, B / ours_took, label + (", float32" if kind == "float32" else ""), B / t, t / ours_took)
         if not took:
             row(what, B / ours_took)
-        row("  share of the matrix rate", 3 * flops(name, x) / ours_took / rate)  # a step is three forward passes
-        row("  the process's peak memory so far, GiB", evaluate.peak_memory(device))
+        row(
+            "  share of the matrix rate", 3 * flops(name, batch[0]) / ours_took / rate
+        )  # a step is three forward passes
+        row(PEAK, peak)
 
 
 def bench_kd(row, quick, device, folder):
     """A distillation step beside the student's alone, for both default directions."""
     on_gpu = device.type == "cuda"
     B, rounds = (48, 20) if on_gpu else (4, 2) if quick else (12, 5)
-    (x, y), rate = fake_batch(B, device), matrix_rate(device)
+    batch, rate = fake_batch(B, device), matrix_rate(device)
     pairs = ("efficientnet-b0", "ast-base"), ("ast-tiny", "efficientnet-b2")
     for teacher_name, name in pairs if on_gpu else (ON_CPU, ON_CPU[::-1]):
         model, teacher = ours(name, device), ours(teacher_name, device, train=False).requires_grad_(False)
-        kd, alone = (training_step(model, model, x, y, device, t) for t in ([teacher], []))
-        took = in_turn({"kd": kd, "alone": alone}, rounds, device)
+        kd, alone = (training_step(model, model, t) for t in ([teacher], []))
+        peak = first_peak(kd, batch)
+        took = in_turn({"kd": partial(kd, *batch), "alone": partial(alone, *batch)}, rounds, device)
         what = f"{teacher_name} -> {name}, a step at batch {B}, clips/s"
         row(what, B / took["kd"], "the student alone", B / took["alone"], took["alone"] / took["kd"])
-        row("  share of the matrix rate", (3 * flops(name, x) + flops(teacher_name, x)) / took["kd"] / rate)
-        row("  the process's peak memory so far, GiB", evaluate.peak_memory(device))
+        row(
+            "  share of the matrix rate",
+            (3 * flops(name, batch[0]) + flops(teacher_name, batch[0])) / took["kd"] / rate,
+        )
+        row(PEAK, peak)
 
 
 def bench_loop(row, quick, device, folder):
     """What the training loop adds to a step: reading, mixup, masks, noise, shift, the watch for NaN."""
-    B, rounds = (12, 20) if device.type == "cuda" else (4, 2) if quick else (12, 7)
+    on_gpu = device.type == "cuda"
+    B, steps, rounds = (12, 20, 5) if on_gpu else (4, 1, 2) if quick else (12, 1, 7)
     data = prep_data.FbankDataset(fake_folder(folder, 512, 1), "train")
-    for name in ON_CPU:
-        flags = ["--data", str(folder), "--model", name, "--batch-size", str(B), "--pretrained", "no"]
-        args = train_teacher.resolve(train_teacher.parser("").parse_args(flags), data)
-        model, whole, alone, began = ours(name, device), [], [], None
-        fault = torch.tensor(torch.inf, device=device)
-        for n, (x, y, _) in enumerate(train_teacher.batches(data, args, 1, device)):
-            alone.append(seconds(training_step(model, model, x, y, device), device=device))
-            fault = train_teacher.first_fault(fault, n, y.sum(), model)
-            if began:
-                whole.append(time.perf_counter() - began)
-            began = time.perf_counter()
-            if n == rounds:
-                break
-        a, b = statistics.median(alone[1:]), statistics.median(whole)
-        row(f"{name}, the loop's step at batch {B}, s", b, "forward, backward, Adam", a, b / a)
+    for place in ("disk", "the GPU") if on_gpu else ("disk",):
+        if place == "the GPU":
+            data.keep_on(device)
+        for name in (*ON_CPU, "ast-base") if on_gpu else ON_CPU:
+            flags = ["--data", str(folder), "--model", name, "--batch-size", str(B), "--pretrained", "no"]
+            args = train_teacher.resolve(train_teacher.parser("").parse_args(flags), data)
+            model, batch = ours(name, device), fake_batch(B, device)
+            step, fault = training_step(model, model), torch.tensor(torch.inf, device=device)
+            epochs = (train_teacher.batches(data, args, epoch, device) for epoch in itertools.count(1))
+            feed = itertools.chain.from_iterable(epochs)
+
+            def loop(feed=feed, step=step, fault=fault, model=model):
+                for x, y, _ in itertools.islice(feed, steps):
+                    step(x, y)
+                    train_teacher.first_fault(fault, 0, y.sum(), model)
+
+            def alone(step=step, batch=batch):
+                for _ in range(steps):
+                    step(*batch)
+
+            took = in_turn({"loop": loop, "alone": alone}, rounds, device)
+            a, b = (took[k] / steps for k in ("alone", "loop"))
+            row(f"{name}, clips from {place}, the loop's step at batch {B}, s", b, "forward, backward, Adam", a, b / a)
 
 
 def bench_hours(row, quick, device, folder):
@@ -294,10 +333,10 @@ def bench_hours(row, quick, device, folder):
     b2, ast, cnns = "efficientnet-b2", "ast-base", ["efficientnet-b0", "densenet-121"]
     for name, teacher_names in [(m, []) for m in (*cnns, "ast-tiny", b2, ast)] + [(ast, cnns), (b2, ["ast-tiny"])]:
         B = 4 if not on_gpu else 12 if name.startswith("ast") else 24
-        x, y = fake_batch(B, device)
-        model = ours(name, device)
+        model, batch = ours(name, device), fake_batch(B, device)
         teachers = [ours(t, device, train=False).requires_grad_(False) for t in teacher_names]
-        took = in_turn({"": training_step(model, model, x, y, device, teachers)}, 20 if on_gpu else 1, device)[""]
+        step = partial(training_step(model, model, teachers), *batch)
+        took = in_turn({"": step}, 20 if on_gpu else 1, device)[""]
         hours += 36_796 * 50 / B * took / 3600
         what = " + ".join(teacher_names) + (" -> " if teacher_names else "") + name
         row(f"{what}, clips/s at batch {B}", B / took)
@@ -308,8 +347,8 @@ def bench_growth(row, quick, device, folder):
     """The time of a step against batch and frames, and of opening a folder against its clips."""
     for name in ON_CPU:
         for B, T in ((2, 500), (4, 500), (8, 500), (4, 250), (4, 1000)):
-            model, (x, y) = ours(name, device, T), fake_batch(B, device, T)
-            took = in_turn({"": training_step(model, model, x, y, device)}, 2 if quick else 5, device)[""]
+            model, batch = ours(name, device, T), fake_batch(B, device, T)
+            took = in_turn({"": partial(training_step(model, model), *batch)}, 2 if quick else 5, device)[""]
             row(f"{name}, batch {B}, {T} frames, s a step", took)
     for n in (5_000, 50_000, 500_000):
         (folder / str(n)).mkdir()

@@ -183,9 +183,24 @@ def test_bfloat16_logits_do_not_tie(name, kd_head):
     assert z.dtype == torch.float32 and (z.bfloat16().float() != z).float().mean() > 0.9
 
 
-def test_a_full_gpu_is_one_sentence(capsys):
+def test_a_full_gpu_is_one_sentence():
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
     with pytest.raises(SystemExit, match="error: the GPU's memory is full: use a smaller --batch-size"):
         models.command_line(main)
+
+
+@pytest.mark.parametrize("fault, said", [(RuntimeError("NCCL"), "Traceback"), (ValueError("a flag"), "error: a flag")])
+def test_the_error_of_a_rank_does_not_wait_for_the_others(monkeypatch, capsys, fault, said):
+    def main():
+        raise fault
+
+    def end(code):  # as os._exit, no exit handler and no destructor runs
+        raise SystemExit(f"ended at once: {code}")
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(models.os, "_exit", end)
+    with pytest.raises(SystemExit, match="ended at once: 1"):
+        models.command_line(main)
+    assert said in capsys.readouterr().err

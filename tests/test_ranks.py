@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,21 +12,15 @@ import pytest
 from conftest import ROOT, command, inside
 
 import models
+import prep_data
 
 TINY = ["--model", "ast-tiny", "--pretrained", "no", "--epochs", 2, "--batch-size", 12]
 
 
-def torchrun(script, *args):
-    line = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(ROOT / script),
-        *map(str, args),
-    ]
-    return subprocess.run(line, check=False, capture_output=True, text=True, timeout=300)
+def torchrun(*args, flag=None):
+    line = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    line += [flag, *args] if flag else [ROOT / args[0], *args[1:]]
+    return subprocess.run(list(map(str, line)), check=False, capture_output=True, text=True, timeout=300)
 
 
 def log(run):
@@ -57,6 +52,23 @@ def test_two_ranks_train_and_score_like_one(multi, tmp_path):
 def test_an_error_of_one_rank_ends_all(multi, tmp_path):
     done = torchrun("train_teacher.py", "--data", multi, "--out", tmp_path / "x", "--fold", 7, *TINY)
     assert done.returncode != 0 and "has no fold 7" in done.stderr
+
+
+def test_machines_without_a_common_folder_are_refused(multi, tmp_path):
+    """Rank 0 finds a run to go on from, rank 1, whose --out is elsewhere, finds none: they would wait for each other."""
+    flags = f"--data '{multi}' {' '.join(map(str, TINY))}"
+    inside("train_teacher.py", "--data", multi, "--out", tmp_path / "0", *TINY)
+    line = f"{sys.executable} '{ROOT}/train_teacher.py' {flags} --out '{tmp_path}/'$RANK"
+    done = torchrun("bash", "-c", line, flag="--no-python")
+    assert done.returncode != 0 and f"{tmp_path}/0/last.pt is not the same for all processes" in done.stderr
+    other = tmp_path / "data"
+    shutil.copytree(multi, other / "0")
+    shutil.copytree(multi, other / "1")
+    stats = prep_data.read_json(other / "1" / "stats.json")
+    prep_data.write_json(other / "1" / "stats.json", stats | {"crc32": [v ^ 1 for v in stats["crc32"]]})
+    line = f"{sys.executable} '{ROOT}/train_teacher.py' --out '{tmp_path}/new' {' '.join(map(str, TINY))} --data '{other}/'$RANK"
+    done = torchrun("bash", "-c", line, flag="--no-python")
+    assert done.returncode != 0 and f"{other}/0 is not the same for all processes" in done.stderr
 
 
 @pytest.fixture
