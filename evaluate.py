@@ -58,6 +58,8 @@ def setup(device=None):
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo")
         atexit.register(dist.destroy_process_group)
+        if ranks()[0]:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # rank 0 alone speaks
     return torch.device("cuda", local) if use_cuda else torch.device("cpu")
 
 
@@ -191,7 +193,7 @@ def check_same(what, meta, data):
         )
     if meta["task"] != data.task:
         raise ValueError(f"{what} and {data.root} differ in task: {meta['task']} and {data.task}")
-    if meta["n_frames"] != data.n_frames and ranks()[0] == 0:
+    if meta["n_frames"] != data.n_frames:
         print(
             f"{what} is for {meta['n_frames']} frames, {data.root} has {data.n_frames}: an AST's positions are resampled"
         )

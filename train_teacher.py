@@ -336,7 +336,7 @@ def finish_epoch(args, model, optimizer, val, device, meta, history, entry):
         found = evaluate.scores(p, y, val.task)
         entry |= {f"val_{k}": found[k] for k in ("mAP", "mAUC", "d_prime", "accuracy")}
         entry["val_score"] = found[evaluate.MAIN_SCORE[val.task]]
-        if not history and evaluate.ranks()[0] == 0:
+        if not history:
             evaluate.say_absent(found["positives"], val)
     best = val is None or entry["val_score"] > max((e["val_score"] for e in history), default=-1.0)
     history.append(entry)
@@ -385,7 +385,7 @@ def open_data(args):
     """The training split, and the validation split where there is one (folds and AudioSet have none: no choice is made)."""
     train = prep_data.FbankDataset(args.data, "train-balanced" if args.recipe == "audioset-bal" else "train", args.fold)
     val = prep_data.FbankDataset(args.data, "val") if train.has_val else None
-    if val is None and evaluate.ranks()[0] == 0:
+    if val is None:
         print("no validation split: best.pt is the last epoch")
     return train, val
 
