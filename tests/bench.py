@@ -233,37 +233,41 @@ def first_peak(step, batch):
     return evaluate.peak_memory(device)
 
 
-def matrix_rate(device):
-    """FLOP/s of a large matrix product in the precision of training."""
+def matrix_product(device):
+    """-> a large matrix product in the precision of training, to be timed in turn with a step, and its FLOPs."""
     n, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (2048, torch.float32)
     a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / in_turn({"": lambda: a @ a}, 10, device)[""]
+    return partial(torch.mm, a, a), 2 * n**3
+
+
+def sizes(name, quick, device):
+    """(batch, rounds) of a model's step."""
+    if device.type == "cuda":
+        return 12 if name == "efficientnet-b6" else 48, 20  # eager float32 must fit too
+    return (4, 2) if quick else (12, 7) if name in ON_CPU else (2, 3)
 
 
 @torch.no_grad()
 def flops(name, x):
     """Of one forward pass, counted."""
+    model = models.build_model(name, CLASSES).to(x.device)  # which does a forward pass of its own
     with FlopCounterMode(display=False) as counter:
-        models.build_model(name, CLASSES).to(x.device)(x)
+        model(x)
     return counter.get_total_flops()
 
 
 def bench_steps(row, quick, device, folder):
     """A training step of each model beside its peer's, and the share of the device's matrix rate that it reaches."""
-    on_gpu = device.type == "cuda"
-    rate, rounds = matrix_rate(device), 20 if on_gpu else 2 if quick else 7
-    row("matrix product, TFLOP/s", rate / 1e12)
-    for name in models.MODELS if on_gpu else ON_CPU:
-        # float32 of the largest, eager, must fit too
-        B = 12 if name == "efficientnet-b6" else 48 if on_gpu else 4 if quick else 12
-        steps_of(name, B, rate, rounds, row, device)
+    for name in ON_CPU if quick else models.MODELS:
+        steps_of(name, *sizes(name, quick, device), row, device)
 
 
-def steps_of(name, B, rate, rounds, row, device):
+def steps_of(name, B, rounds, row, device):
     model, batch = ours(name, device), fake_batch(B, device)
     step = training_step(model, model)
     peak = first_peak(step, batch)
-    functions, label = {"ours": partial(step, *batch)}, ""
+    product, work = matrix_product(device)
+    functions, label = {"ours": partial(step, *batch), "product": product}, ""
     if not name.startswith("hybrid"):
         label, other, forward = peer(name, device)
         functions["peer"] = partial(training_step(other, forward, fused=False), *batch)
@@ -271,30 +275,33 @@ def steps_of(name, B, rate, rounds, row, device):
             plain = training_step(other, forward, fused=False, bf16=False)
             functions["float32"] = partial(by_default, plain, *batch)
     took = in_turn(functions, rounds, device)
-    ours_took, what = took.pop("ours"), f"{name}, training step at batch {B}, clips/s"
+    ours_took, rate, what = took.pop("ours"), work / took.pop("product"), f"{name}, training step at batch {B}, clips/s"
     for kind, t in took.items():
         row(what, B / ours_took, label + (", float32" if kind == "float32" else ""), B / t, t / ours_took)
     if not took:
         row(what, B / ours_took)
-    row("  share of the matrix rate", 3 * flops(name, batch[0]) / ours_took / rate)  # a step is three forward passes
+    done = 3 * flops(name, batch[0]) / ours_took  # a step is three forward passes
+    row("  TFLOP/s, of a large matrix product's", done / 1e12, "matrix product", rate / 1e12, done / rate)
     row(PEAK, peak)
 
 
 def bench_kd(row, quick, device, folder):
-    """A distillation step beside the student's alone, for both default directions."""
-    on_gpu = device.type == "cuda"
-    B, rounds = (48, 20) if on_gpu else (4, 2) if quick else (12, 5)
-    batch, rate = fake_batch(B, device), matrix_rate(device)
-    pairs = ("efficientnet-b0", "ast-base"), ("ast-tiny", "efficientnet-b2")
-    for teacher_name, name in pairs if on_gpu else (ON_CPU, ON_CPU[::-1]):
+    """A distillation step beside the student's alone: the smallest pair, and run_all.sh's, in both directions."""
+    pairs, (product, work) = [ON_CPU, ON_CPU[::-1]], matrix_product(device)
+    if not quick:
+        pairs += [("efficientnet-b0", "ast-base"), ("ast-tiny", "efficientnet-b2")]
+    for teacher_name, name in pairs:
+        B, rounds = sizes(name, quick, device)
+        batch = fake_batch(B, device)
         model, teacher = ours(name, device), ours(teacher_name, device, train=False).requires_grad_(False)
         kd, alone = (training_step(model, model, t) for t in ([teacher], []))
         peak = first_peak(kd, batch)
-        took = in_turn({"kd": partial(kd, *batch), "alone": partial(alone, *batch)}, rounds, device)
+        functions = {"kd": partial(kd, *batch), "alone": partial(alone, *batch), "product": product}
+        took = in_turn(functions, rounds, device)
         what = f"{teacher_name} -> {name}, a step at batch {B}, clips/s"
         row(what, B / took["kd"], "the student alone", B / took["alone"], took["alone"] / took["kd"])
-        work = 3 * flops(name, batch[0]) + flops(teacher_name, batch[0])
-        row("  share of the matrix rate", work / took["kd"] / rate)
+        done, rate = (3 * flops(name, batch[0]) + flops(teacher_name, batch[0])) / took["kd"], work / took["product"]
+        row("  TFLOP/s, of a large matrix product's", done / 1e12, "matrix product", rate / 1e12, done / rate)
         row(PEAK, peak)
 
 
