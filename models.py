@@ -143,7 +143,7 @@ class AttentionPool(nn.Module):
         self.weight = nn.Parameter(torch.full((heads,), 1 / heads))
 
     def forward(self, x):
-        shape = (*x.shape[:2], len(self.weight), -1)
+        shape = (*x.shape[:2], len(self.weight), -1)  # x in float32 (in_float32): 1 - 1e-7 is 1 in bfloat16
         att = self.att(x).sigmoid().clamp(1e-7, 1 - 1e-7).view(shape)  # (B, T', heads, C)
         cla = self.cla(x).sigmoid().view(shape)
         p = (att * cla).sum(1) / att.sum(1)  # (B, heads, C)

@@ -760,16 +760,21 @@ def check_clips(source, clips, task):
     return task or ("multi-label" if many else "single-label")
 
 
-def unread(path, clips):
-    """The places in a shard's clips that are still to be read: all, or those that an earlier run could not read."""
-    found = read_json(path.with_suffix(".json"))["found"] if path.exists() else [""] * len(clips)
+def known(path, clips):
+    """What an earlier run found of a shard's clips, as `work` says it; '' of each where there is no shard."""
+    return read_json(path.with_suffix(".json"))["found"] if path.exists() else [""] * len(clips)
+
+
+def unread(found):
+    """The places of the clips that are still to be read."""
     return [n for n, what in enumerate(found) if isinstance(what, str)]
 
 
 def make_shard(pool, path, clips, n_frames, seconds, strict):
     """Give the pool a shard's clips; -> a function that waits for them and puts shard and its notes in place. `strict`:
     ValueError for the first that cannot be read, and no shard."""
-    temporary, notes, rows = path.with_name(f".{path.name}"), path.with_suffix(".json"), unread(path, clips)
+    temporary, found = path.with_name(f".{path.name}"), known(path, clips)
+    rows = unread(found)
     if path.exists():
         shutil.copyfile(path, temporary)
     else:
@@ -782,7 +787,6 @@ def make_shard(pool, path, clips, n_frames, seconds, strict):
     futures = [pool.submit(work, *job) for job in jobs]
 
     def finish(bar):
-        found = read_json(notes)["found"] if path.exists() else [None] * len(clips)
         for part, future in zip(parts, futures):
             for n, what in zip(part, future.result()):
                 found[n] = what
@@ -793,7 +797,7 @@ def make_shard(pool, path, clips, n_frames, seconds, strict):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         path.unlink(missing_ok=True)  # notes never speak of another shard than the one beside them
-        write_json(notes, {"crc": crc32(temporary), "found": found})
+        write_json(path.with_suffix(".json"), {"crc": crc32(temporary), "found": found})
         os.replace(temporary, path)  # last: a shard that exists is complete
 
     return finish
@@ -830,7 +834,7 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None, st
             old.unlink()
         starts = range(0, len(clips), SHARD)
         shards = {out / f"fbank-{s:05d}.npy": clips[at : at + SHARD] for s, at in enumerate(starts)}
-        todo = {path: n for path in shards if (n := len(unread(path, shards[path])))}
+        todo = {path: n for path in shards if (n := len(unread(known(path, shards[path]))))}
         print(
             f"{source}: {len(clips)} clips of {seconds:g} s, {len(classes)} classes, {task}; {workers} workers -> {out}"
         )
@@ -923,15 +927,7 @@ class FbankDataset(torch.utils.data.Dataset):
         with open(self.root / "clips.csv", newline="", encoding="utf-8") as f:
             lines = csv.reader(f)
             next(lines)
-            rows, ids, labels, frames, mean, var = columns = (
-                [],
-                [],
-                [],
-                [],
-                [],
-                [],
-            )  # as tuples they would keep the GC busy
-            folds, splits = set(), set()
+            columns, folds, splits = [[] for _ in range(6)], set(), set()  # a tuple a clip would keep the GC busy
             for r in lines:
                 folds.add(r[4])
                 splits.add(r[3])
@@ -942,6 +938,7 @@ class FbankDataset(torch.utils.data.Dataset):
                 if chosen:
                     for column, value in zip(columns, (int(r[0]), r[1], r[5], int(r[6]), float(r[7]), float(r[8]))):
                         column.append(value)
+        rows, ids, labels, frames, mean, var = columns
         folds, splits = sorted(folds - {""}, key=int), sorted(splits - {""})
         if fold is None and not splits:
             raise ValueError(f"{self.root} has folds, not splits: give --fold, one of {', '.join(folds)}")
@@ -951,8 +948,7 @@ class FbankDataset(torch.utils.data.Dataset):
         if not rows or (fold is not None and split not in ("train", "eval")):
             have = splits if fold is None else ["train", "eval"]
             raise ValueError(f"{self.root} has no split '{split}': it has {', '.join(have)}")
-        self.has_val = fold is None and "val" in splits
-        self.ids = tuple(ids)
+        self.has_val, self.ids = fold is None and "val" in splits, tuple(ids)
         self.rows, self.frames = (np.array(rows), np.array(frames))  # (n,): place in the shards, own frame count
         mean, var, share = np.array(mean), np.array(var), self.frames / self.frames.sum()
         self.mean = float(share @ mean)

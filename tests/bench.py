@@ -44,7 +44,7 @@ import train_teacher
 CLASSES = 200
 HF_SIZES = {"ast-tiny": (192, 3), "ast-small": (384, 6), "ast-base": (768, 12)}  # width, heads
 PEAK = "  peak memory (of the process so far on a CPU), GiB"
-ON_CPU = "efficientnet-b0", "ast-tiny"  # what a CPU can do in minutes
+SMALLEST = "efficientnet-b0", "ast-tiny"
 
 
 def seconds(f, *args, device=None):
@@ -217,10 +217,10 @@ def training_step(model, forward, teachers=(), fused=True, bf16=True):
 
 
 def by_default(step, x, y):
-    """The step in PyTorch's default float32, without TF32 in matrix products."""
+    """The step on a GPU in PyTorch's default float32, without TF32 in matrix products."""
     torch.set_float32_matmul_precision("highest")
     step(x, y)
-    torch.set_float32_matmul_precision("high" if x.is_cuda else "highest")
+    torch.set_float32_matmul_precision("high")
 
 
 def first_peak(step, batch):
@@ -243,8 +243,8 @@ def matrix_product(device):
 def sizes(name, quick, device):
     """(batch, rounds) of a model's step."""
     if device.type == "cuda":
-        return 12 if name == "efficientnet-b6" else 48, 20  # eager float32 must fit too
-    return (4, 2) if quick else (12, 7) if name in ON_CPU else (2, 3)
+        return 12 if name == "efficientnet-b6" else 48, 20  # so that eager float32 fits, by estimate
+    return (4, 2) if quick else (12, 7) if name in SMALLEST else (2, 3)
 
 
 @torch.no_grad()
@@ -258,7 +258,7 @@ def flops(name, x):
 
 def bench_steps(row, quick, device, folder):
     """A training step of each model beside its peer's, and the share of the device's matrix rate that it reaches."""
-    for name in ON_CPU if quick else models.MODELS:
+    for name in SMALLEST if quick else models.MODELS:
         steps_of(name, *sizes(name, quick, device), row, device)
 
 
@@ -287,7 +287,7 @@ def steps_of(name, B, rounds, row, device):
 
 def bench_kd(row, quick, device, folder):
     """A distillation step beside the student's alone: the smallest pair, and run_all.sh's, in both directions."""
-    pairs, (product, work) = [ON_CPU, ON_CPU[::-1]], matrix_product(device)
+    pairs, (product, work) = [SMALLEST, SMALLEST[::-1]], matrix_product(device)
     if not quick:
         pairs += [("efficientnet-b0", "ast-base"), ("ast-tiny", "efficientnet-b2")]
     for teacher_name, name in pairs:
@@ -313,7 +313,7 @@ def bench_loop(row, quick, device, folder):
     for place in ("disk", "the GPU") if on_gpu else ("disk",):
         if place == "the GPU":
             data.keep_on(device)
-        for name in (*ON_CPU, "ast-base") if on_gpu else ON_CPU:
+        for name in (*SMALLEST, "ast-base") if on_gpu else SMALLEST:
             flags = ["--data", str(folder), "--model", name, "--batch-size", str(B), "--pretrained", "no"]
             args = train_teacher.resolve(train_teacher.parser("").parse_args(flags), data)
             model, batch = ours(name, device), fake_batch(B, device)
@@ -353,7 +353,7 @@ def bench_hours(row, quick, device, folder):
 
 def bench_growth(row, quick, device, folder):
     """The time of a step against batch and frames, and of opening a folder against its clips."""
-    for name in ON_CPU:
+    for name in SMALLEST:
         for B, T in ((2, 500), (4, 500), (8, 500), (4, 250), (4, 1000)):
             model, batch = ours(name, device, T), fake_batch(B, device, T)
             took = in_turn({"": partial(training_step(model, model), *batch)}, 2 if quick else 5, device)[""]
