@@ -11,17 +11,12 @@ metrics-<checkpoint>-<split>.json and per_class-<checkpoint>-<split>.csv; ensemb
 """
 
 import argparse
-import atexit
-import concurrent.futures
-import csv
 import json
 import math
 import os
 import pathlib
 import re
-import resource
 import statistics
-import sys
 import time
 
 import numpy as np
@@ -30,83 +25,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.special import ndtri
 from sklearn.metrics import average_precision_score, roc_auc_score
-from tqdm import tqdm
 
+import dataset
 import models
-import prep_data
+from dataset import rank, world
 
 MAIN_SCORE = {"multi-label": "mAP", "single-label": "accuracy"}  # the one that chooses and the one that tables show
-
-
-# -------------------------------------------------------------------------------------------- device and processes
-
-
-def setup(device=None):
-    """The device of this process; under torchrun also joins the group (NCCL on GPUs, gloo on CPU)."""
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device cuda, but PyTorch sees no GPU here: use --device cpu")
-    use_cuda = device != "cpu" and torch.cuda.is_available()
-    local, n_local = (int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
-    if n_local > 1:  # torchrun sets OMP_NUM_THREADS to 1, whatever the machine has
-        torch.set_num_threads(max(1, prep_data.cores() // n_local))
-    elif "OMP_NUM_THREADS" not in os.environ:  # torch does not see a container's quota
-        torch.set_num_threads(min(prep_data.cores(), torch.get_num_threads()))
-    if use_cuda:
-        torch.cuda.set_device(local)
-        torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
-        torch.backends.cudnn.benchmark = True  # shapes do not change
-    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo")
-        atexit.register(dist.destroy_process_group)
-        if ranks()[0]:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # rank 0 alone speaks
-    return torch.device("cuda", local) if use_cuda else torch.device("cpu")
-
-
-def peak_memory(device):
-    """The most memory in use since the process began: of the GPU if there is one, else resident (GiB)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
-
-
-def ahead(work, steps, device):
-    """Yield work(step) for each step; a thread makes the next one while this one is in use."""
-    on_gpu = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
-    with concurrent.futures.ThreadPoolExecutor(1, **on_gpu) as pool:
-        coming = None
-        for step in [*steps, None]:
-            ready, coming = coming, None if step is None else pool.submit(work, step)
-            if ready is not None:
-                yield ready.result()
-
-
-def ranks():
-    """(this process's rank, number of processes)"""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def agree(what, value):
-    """ValueError unless every process has the same value: machines that differ would wait for each other for ever."""
-    seen = [value] * ranks()[1]
-    if len(seen) > 1:
-        dist.all_gather_object(seen, value)
-    if seen.count(value) < len(seen):
-        raise ValueError(f"{what} is not the same for all processes: give every machine the same folders")
-
-
-def autocast(device):
-    """bfloat16 on a GPU. Not on a CPU: where it has AVX512-BF16 it makes AST-Tiny 1.7 times faster and EfficientNet-B0 slower, but
-    the scores would then depend on the number of processes; `enabled=True` turns it on."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
-
-
-def progress(total, unit, label, initial=0):
-    """A progress bar on rank 0: live on a terminal, a line every half minute in a log."""
-    interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(
-        total=total, unit=unit, desc=label, initial=initial, mininterval=interval, disable=ranks()[0] > 0, leave=False
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------- scores
@@ -148,49 +72,47 @@ def scores(predictions, targets, task):
 
 
 @torch.no_grad()
-def predict(model, data, device, mean, std, batch_size=48, label="predict"):
+def predict(model, data, device, mean, std, batch_size=48, label="predict", precision=None):
     """Probabilities (N, C) float32 and targets (N, C) of a data set, in its order, on every rank.
 
     The one place of sigmoid and softmax. Ranks take every world-th clip and gather once.
     """
-    rank, world = ranks()
     model.eval()
-    mine, found = np.arange(rank, len(data), world), []
+    mine, found = np.arange(rank(), len(data), world()), []
     on_gpu = device.type == "cuda"
 
     def host(at):
-        x = data.fetch(mine[at : at + batch_size])[0]
+        x = data.batch(mine[at : at + batch_size])[0]
         return x.pin_memory() if on_gpu and not x.is_cuda else x
 
-    with progress(len(mine), "clip", label) as bar:
-        for x in ahead(host, range(0, len(mine), batch_size), device):
+    with models.progress(len(mine), label) as bar:
+        for x in dataset.prefetch(host, range(0, len(mine), batch_size), device):
             n = len(x)
-            x = prep_data.normalise(x.to(device, non_blocking=True).float(), mean, std)
+            x = dataset.normalise(x.to(device, non_blocking=True).float(), mean, std)
             if on_gpu and n < batch_size:  # the last batch keeps the shape that was compiled
                 x = F.pad(x, (0, 0, 0, 0, 0, batch_size - n))
-            with autocast(device):
+            with models.autocast(device, precision):
                 logits = model(x)[:n].float()
             found.append(logits.sigmoid() if data.task == "multi-label" else logits.softmax(1))
             bar.update(n)
     found = torch.cat(found) if found else torch.zeros(0, len(data.classes), device=device)
-    if world > 1:
-        padded = found.new_zeros(math.ceil(len(data) / world), found.shape[1])
+    if world() > 1:
+        padded = found.new_zeros(math.ceil(len(data) / world()), found.shape[1])
         padded[: len(found)] = found
-        parts = [torch.empty_like(padded) for _ in range(world)]
+        parts = [torch.empty_like(padded) for _ in range(world())]
         dist.all_gather(parts, padded)
         found = torch.stack(parts, 1).flatten(0, 1)[: len(data)]  # clip i was row i // world of rank i % world
-    y = prep_data.targets(torch.from_numpy(data.labels), len(data.classes), data.task)
+    y = dataset.targets(torch.from_numpy(data.labels), len(data.classes), data.task)
     return found.cpu().numpy(), y.numpy()
 
 
-def check_same(what, meta, data):
-    """ValueError unless a checkpoint's classes and task are those of a data set; another clip length is said."""
+def check_labels(what, meta, data):
+    """ValueError unless a checkpoint's classes and task are those of a data set; another clip length is printed."""
     if meta["classes"] != data.classes:
         pairs = zip([*meta["classes"], "(none)"], [*data.classes, "(none)"])  # a shorter list ends in (none)
         theirs, ours = next((a, b) for a, b in pairs if a != b)
-        raise ValueError(
-            f"{what} and {data.root} differ in classes ({len(meta['classes'])} and {len(data.classes)}), first: {theirs} and {ours}"
-        )
+        counts = f"{len(meta['classes'])} and {len(data.classes)}"
+        raise ValueError(f"{what} and {data.root} differ in classes ({counts}), first: {theirs} and {ours}")
     if meta["task"] != data.task:
         raise ValueError(f"{what} and {data.root} differ in task: {meta['task']} and {data.task}")
     if meta["n_frames"] != data.n_frames:
@@ -201,18 +123,17 @@ def check_same(what, meta, data):
 
 def open_for(meta, split, root=None):
     """The data set that a checkpoint belongs to, or another one of the same classes and task."""
-    data = prep_data.FbankDataset(root or meta["data"], split, meta["args"].get("fold"))
-    check_same("the checkpoint", meta, data)
+    data = dataset.FbankDataset(root or meta["data"], split, meta["args"].get("fold"))
+    check_labels("the checkpoint", meta, data)
     return data
 
 
-def say_absent(positives, data):
+def report_absent(positives, data):
     names = [name for name, n in zip(data.classes, positives) if not n]
     if names:
         some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        print(
-            f"without a positive in {data.split}, left out of macro scores: {len(names)} of {len(positives)} classes ({some})"
-        )
+        count = f"{len(names)} of {len(positives)} classes"
+        print(f"without a positive in {data.split}, left out of macro scores: {count} ({some})")
 
 
 def score_checkpoints(paths, split, root, device):
@@ -228,7 +149,7 @@ def score_checkpoints(paths, split, root, device):
             raise ValueError(f"{out} is not writable, and the scores go there: copy the checkpoint elsewhere")
         first = first or meta
         if (meta["classes"], meta["args"].get("fold")) != (first["classes"], first["args"].get("fold")):
-            raise ValueError(f"{path} has other classes or another fold than {paths[0]}: they make no ensemble")
+            raise ValueError(f"{path} and {paths[0]} differ in classes or fold: they cannot be an ensemble")
         data = open_for(meta, split, root)
         if data.n_frames != meta["n_frames"]:
             model, _ = models.load_checkpoint(path, data.n_frames)
@@ -236,40 +157,26 @@ def score_checkpoints(paths, split, root, device):
         p, y = predict(model.to(device), data, device, meta["mean"], meta["std"], label=label)
         total = total + p / len(paths)
         n_params = sum(v.numel() for v in model.parameters())
-    if ranks()[0]:
+    if rank():
         return
     found = scores(total, y, data.task)
     ap, auc, positives = (found.pop(k) for k in ("AP", "AUC", "positives"))
-    result = {
-        **{k: v if math.isfinite(v) else None for k, v in found.items()},
-        "task": data.task,
-        "split": split,
-        "clips": len(data),
-        "classes_without_positives": int((positives == 0).sum()),
-        "model": first["model"]["name"],
-        "teachers": first.get("teachers", []),
-        "params": n_params,
-        "epoch": first["epoch"],
-        "checkpoints": [str(p) for p in paths],
-        "data": str(data.root),
-        "fold": first["args"].get("fold"),
-        "seed": first["args"]["seed"],
-        "seconds": round(time.time() - start, 1),
-    }
+    facts = {
+        "task": data.task, "split": split, "clips": len(data), "listed": data.listed,
+        "classes_without_positives": int((positives == 0).sum()), "model": first["model"]["name"],
+        "teachers": first.get("teachers", []), "params": n_params, "epoch": first["epoch"],
+        "val_score": first.get("val_score"), "checkpoints": [str(p) for p in paths], "data": str(data.root),
+        "fold": first["args"].get("fold"), "seed": first["args"]["seed"], "seconds": round(time.time() - start, 1),
+    }  # fmt: skip
     metrics, per_class = out / f"metrics-{name}-{split}.json", out / f"per_class-{name}-{split}.csv"
-    out.mkdir(exist_ok=True)
-    prep_data.write_json(metrics, result)
-
-    def write(p):
-        with open(p, "w", newline="") as f:
-            lines = csv.writer(f, lineterminator="\n")
-            lines.writerow(["index", "class", "positives", "AP", "AUC"])
-            lines.writerows(zip(range(len(ap)), data.classes, positives, ap, auc))
-
-    models.atomic_write(per_class, write)
-    say_absent(positives, data)
+    rows = zip(range(len(ap)), data.classes, positives, ap, auc)
+    dataset.write_csv(per_class, ["index", "class", "positives", "AP", "AUC"], rows)
+    finite = {k: v if math.isfinite(v) else None for k, v in found.items()}
+    dataset.write_json(metrics, finite | facts)  # last: a stage whose metrics are there is complete
+    report_absent(positives, data)
     print("  ".join(f"{k} {100 * found[k]:.2f}" for k in ("mAP", "mAUC", "accuracy")) + f"  d' {found['d_prime']:.3f}")
-    print(f"{len(data)} clips of {data.root} ({split}) -> {metrics}, {per_class.name}")
+    clips = f"{len(data)} clips" if data.listed in (None, len(data)) else f"{len(data)} of {data.listed} listed clips"
+    print(f"{clips} of {data.root} ({split}) -> {metrics}, {per_class.name}")
 
 
 # ------------------------------------------------------------------------------------------------ weight averaging
@@ -307,9 +214,9 @@ def average_run(run, device, keep_epochs=False):
     The search walks from the last epoch to the first, adding one file at a time to a running mean and scoring every mean: each
     file is read once, and memory holds the mean, the best so far and the model. Prunes ep-*.pt unless told to keep them.
     """
-    if ranks()[0] == 0:
-        prep_data.lock(run)
-    args = prep_data.read_json(run / "args.json")
+    if rank() == 0:
+        dataset.lock(run)
+    args = dataset.read_json(run / "args.json")
     if not (run / "last.pt").exists() or models.read_checkpoint(run / "last.pt")["epoch"] < args["epochs"]:
         raise ValueError(
             f"{run} is not trained to its last epoch ({args['epochs']}): finish it with the command that began it"
@@ -324,7 +231,7 @@ def average_run(run, device, keep_epochs=False):
             )
         model, meta = models.load_checkpoint(epochs[args["epochs"]])
         if args["average"] == "val":
-            start, total, best = None, None, -1.0
+            total, best = None, -1.0
             data = open_for(meta, "val")
             model.to(device)
             for n, epoch in enumerate(sorted(epochs, reverse=True), 1):
@@ -338,16 +245,18 @@ def average_run(run, device, keep_epochs=False):
                     start, best, state = epoch, score, as_weights(total)
             print(f"{run}: epochs {start}-{args['epochs']} are best on val, {MAIN_SCORE[data.task]} {100 * best:.2f}")
         else:
-            start = args["average"]
+            start, best = args["average"], None
             state = average_weights([epochs[e] for e in range(start, args["epochs"] + 1)])
             print(f"{run}: epochs {start}-{args['epochs']}, as the recipe says")
-        model.load_state_dict(state)
-        if ranks()[0] == 0:
-            meta.pop("format")
-            meta.pop("model")
-            models.save_checkpoint(run / "wa.pt", model, **(meta | {"averaged": [start, args["epochs"]]}))
+        if rank() == 0:
+            model.load_state_dict(state)
+            meta = {k: v for k, v in meta.items() if k not in ("format", "model")}
+            meta |= {"averaged": [start, args["epochs"]], "val_score": best}
+            models.save_checkpoint(run / "wa.pt", model, **meta)
             print(f"wrote {run / 'wa.pt'}")
-    if ranks()[0] == 0 and not (keep_epochs or args["keep_epochs"]):
+    if world() > 1:
+        dist.barrier()  # every rank has read the epochs
+    if rank() == 0 and not (keep_epochs or args["keep_epochs"]):
         for path in run.glob("ep-*.pt"):
             path.unlink()
 
@@ -355,52 +264,61 @@ def average_run(run, device, keep_epochs=False):
 # --------------------------------------------------------------------------------------------------------- summary
 
 
-def summary(folder):
-    """Print and write (summary.md) one line for each setting: mean and deviation over its folds and seeds, and draw it."""
-    groups = {}  # setting -> checkpoint -> results
+def mean_and_deviation(results, key):
+    """In percent: mean, and the deviation over seeds, each a whole cross-validation where there are folds; over folds where
+    there is one seed of several folds (the table's title says which)."""
+    results = [r for r in results if r[key] is not None]
+    seeds = [[100 * r[key] for r in results if r["seed"] == s] for s in sorted({r["seed"] for r in results})]
+    values = [statistics.mean(v) for v in seeds]
+    if not values:
+        return "-"
+    several = values if len(values) > 1 else seeds[0]
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(several):.1f}" if len(several) > 1 else "")
+
+
+def read_results(folder):
+    """{setting: {checkpoint: [metrics]}} of an experiment; an ensemble stands in the line of its setting."""
+    settings = {}
     for path in sorted(folder.glob("*/metrics-*-eval.json")):
         run = re.sub(r"(-fold\d+)?(-s\d+)?$", "", path.parent.name)
-        groups.setdefault(run, {}).setdefault(path.stem.split("-")[1], []).append(prep_data.read_json(path))
-    if not groups:
+        name = path.stem.removeprefix("metrics-").removesuffix("-eval")
+        if run.startswith("ensemble-"):
+            run, name = run.removeprefix("ensemble-"), "ensemble"
+        settings.setdefault(run, {}).setdefault(name, []).append(dataset.read_json(path))
+    if not settings:
         raise ValueError(f"{folder} holds no metrics-*-eval.json: score its runs first with --ckpt")
-    settings = {g: r for g, r in groups.items() if not g.startswith("ensemble-")}
-    for run in groups.keys() - settings.keys():  # an ensemble stands in the line of its setting
-        settings.setdefault(run.removeprefix("ensemble-"), {})["ensemble"] = [
-            r for found in list(groups[run].values())[-1:] for r in found
-        ]
+    return settings
 
-    def cell(found, key):
-        values = [100 * f[key] for f in found if f[key] is not None]
-        if not values:
-            return "-"
-        return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
+def summary(folder):
+    """Print and write (summary.md) one line for each setting: mean and deviation over its folds and seeds, and draw it."""
+    settings = read_results(folder)
     order = sorted(settings, key=lambda g: (len(next(iter(settings[g].values()))[0]["teachers"]) > 0, g))
-    task = next(iter(settings[order[0]].values()))[0]["task"]
-    main, other = ("mAP", "mAUC") if task == "multi-label" else ("accuracy", "mAP")
-    columns = [c for c in ("best", "wa", "ensemble") if any(c in settings[g] for g in order)]
-    title = {"best": f"best {main}", "wa": f"averaged {main}", "ensemble": f"ensemble {main}"}
-    lines = [["run", "student", "M params", "teachers", "runs", *[title[c] for c in columns], other]]
+    every = [r for g in order for found in settings[g].values() for r in found]
+    main, other = ("mAP", "mAUC") if every[0]["task"] == "multi-label" else ("accuracy", "mAP")
+    names = {"best": "best", "wa": "averaged", "ensemble": "ensemble"}
+    names |= {c: c for g in order for c in sorted(settings[g]) if c not in names}  # last, ep-05, ...
+    names = {c: title for c, title in names.items() if any(c in settings[g] for g in order)}
+    val = ["val"] * any(r.get("val_score") for r in every)  # of the best epoch: what chooses between settings
+    lines = [["run", "student", "M params", "teachers", "runs", *val, *[f"{t} {main}" for t in names.values()], other]]
     for g in order:
-        found = settings[g]
-        any_of = next(iter(found.values()))
-        one = any_of[0]
-        lines.append(
-            [g, one["model"], f"{one['params'] / 1e6:.1f}", " + ".join(one["teachers"]) or "no KD", str(len(any_of))]
-        )
-        lines[-1] += [cell(found.get(c, []), main) for c in columns] + [cell(any_of, other)]
+        first = next(settings[g][c] for c in names if c in settings[g])
+        one = first[0]
+        line = [g, one["model"], f"{one['params'] / 1e6:.1f}", " + ".join(one["teachers"]) or "no KD", str(len(first))]
+        line += [mean_and_deviation([r | {"val_score": r.get("val_score")} for r in first], "val_score") for _ in val]
+        line += [mean_and_deviation(settings[g].get(c, []), main) for c in names]
+        lines.append([*line, mean_and_deviation(first, other)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = ["| " + " | ".join(v.ljust(w) for v, w in zip(line, widths)) + " |" for line in lines]
     rows.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    clips = next(iter(settings[order[0]].values()))[0]["clips"]
-    folds = sorted({f["fold"] for g in settings.values() for r in g.values() for f in r} - {None})
-    what = (
-        f"{folder.name}, eval split ({clips} clips)"
-        if not folds
-        else f"{folder.name}, fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}"
-    )
-    text = f"{what}; in percent, mean ± standard deviation over runs\n\n" + "\n".join(rows) + "\n"
-    models.atomic_write(folder / "summary.md", lambda p: p.write_text(text, encoding="utf-8"))
+    folds, seeds = (sorted({r[k] for r in every} - {None}) for k in ("fold", "seed"))
+    over = "seeds" + (", each a mean over its folds" if folds else "")
+    over = "folds of the one seed" if folds and len(seeds) == 1 else over
+    what = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}" if folds else "eval split"
+    clips = sorted({r["clips"] for r in every})
+    what += f" ({'-'.join(map(str, clips[:: len(clips) - 1 or 1]))} clips)"
+    text = f"{folder.name}, {what}; in percent, mean ± standard deviation over {over}\n\n" + "\n".join(rows) + "\n"
+    dataset.atomic_write(folder / "summary.md", lambda p: p.write_text(text, encoding="utf-8"))
     print(text)
     drawn = draw_curves(folder, main)
     print(f"wrote {folder / 'summary.md'}" + (f" and {drawn}" if drawn else ""))
@@ -429,7 +347,7 @@ def draw_curves(folder, score):
     ax.set(xlabel="epoch", ylabel=f"validation {score} (%)")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
-    models.atomic_write(folder / "summary.png", lambda p: fig.savefig(p, dpi=130))
+    dataset.atomic_write(folder / "summary.png", lambda p: fig.savefig(p, dpi=130))
     plt.close(fig)
     return folder / "summary.png"
 
@@ -455,7 +373,7 @@ def main():
     a = p.parse_args()
     if a.summary:
         return summary(a.summary)
-    device = setup(a.device)
+    device = models.setup(a.device)
     if a.ckpt:
         score_checkpoints(a.ckpt, a.split, a.data, device)
     elif not (a.average / "args.json").is_file():

@@ -11,7 +11,7 @@ one, `model(x)` is the mean of the two. `model.features(x)` gives the representa
     python -c "import models; print(models.build_model('ast-tiny', n_classes=200))"
 """
 
-import errno
+import atexit
 import os
 import pathlib
 import re
@@ -25,7 +25,14 @@ import zipfile
 
 import timm
 import torch
+import torch.distributed as dist
+from timm.layers import convert_sync_batchnorm, resample_abs_pos_embed, resample_patch_embed
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import dataset
+from dataset import N_MELS, PATCH, STRIDE, rank, world
 
 # name: (family, timm tag of the ImageNet backbone). The tags are fixed: timm's default for b6 was trained on JFT.
 MODELS = {
@@ -39,7 +46,8 @@ MODELS = {
     "hybrid-b0": ("hybrid", "efficientnet_b0.ra_in1k"),
     "hybrid-b2": ("hybrid", "efficientnet_b2.ra_in1k"),
 }
-N_MELS, PATCH, STRIDE = 128, 16, 10
+STOCHASTIC_DEPTH = 0.2  # of EfficientNets, torchvision's default: the paper's CNNs are torchvision's (footnote 1)
+PRECISION = {"cuda": "bfloat16", "cpu": "float32"}
 FORMAT = 1  # of the files that save_checkpoint writes
 
 
@@ -55,11 +63,6 @@ def family(name):
 # ---------------------------------------------------------------------------------------------------- architectures
 
 
-def patches(n_frames):
-    """(rows, columns) of 16x16 patches at stride 10: (12, 99) for 10 s"""
-    return (N_MELS - PATCH) // STRIDE + 1, (n_frames - PATCH) // STRIDE + 1
-
-
 class AST(nn.Module):
     """Audio Spectrogram Transformer (Section 2.2). Parameter names are those of the original AST release."""
 
@@ -68,7 +71,7 @@ class AST(nn.Module):
         if n_frames < PATCH:
             raise ValueError(f"AST needs clips of at least {PATCH} frames, not {n_frames}: use a larger --clip-seconds")
         self.n_frames = n_frames
-        self.grid = patches(n_frames)
+        self.grid = dataset.patch_grid(n_frames)
         self.v = timm.create_model(tag, num_classes=0)  # without DeiT's own two heads, which AST does not use
         d = self.v.embed_dim
         self.v.patch_embed.proj = nn.Conv2d(1, d, PATCH, stride=STRIDE)
@@ -80,28 +83,32 @@ class AST(nn.Module):
             if isinstance(m, nn.LayerNorm):
                 m.eps = 1e-12
 
-    def tokens(self, x):
-        """x (B, T, F) -> class token (B, d), distillation token (B, d), after the final norm."""
+    def tokens(self, x, keep=None):
+        """x (B, T, F) -> class token (B, d), distillation token (B, d), after the final norm. keep (N',): only these patches
+        are attended to (patchout), each at its own position."""
         if x.shape[1] != self.n_frames:
-            raise ValueError(f"this AST was built for {self.n_frames} frames and was given {x.shape[1]}")
+            raise ValueError(f"this AST was built for {self.n_frames} frames, its input has {x.shape[1]}")
         x = x.transpose(1, 2).unsqueeze(1)  # (B, 1, F, T)
-        x = self.v.patch_embed.proj(x).flatten(2).transpose(1, 2)  # (B, N, d), frequency-major
-        prefix = [token.expand(len(x), -1, -1) for token in (self.v.cls_token, self.v.dist_token)]
-        x = torch.cat([*prefix, x], 1) + self.v.pos_embed  # (B, 2 + N, d)
+        x = (
+            self.v.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.v.pos_embed[:, 2:]
+        )  # (B, N, d), frequency-major
+        x = x if keep is None else x[:, keep]
+        prefix = [t.expand(len(x), -1, -1) for t in (self.v.cls_token, self.v.dist_token)]
+        x = torch.cat([torch.cat(prefix, 1) + self.v.pos_embed[:, :2], x], 1)  # (B, 2 + N', d)
         x = self.v.norm(self.v.blocks(x))
         return x[:, 0], x[:, 1]
 
-    def features(self, x):
-        cls, dist = self.tokens(x)
+    def features(self, x, keep=None):
+        cls, dist = self.tokens(x, keep)
         return (cls + dist) / 2  # (B, d)
 
-    def forward(self, x, both=False):
+    def forward(self, x, both=False, keep=None):
         if self.kd_head is None:
-            logits = kd_logits = in_float32(self.mlp_head, self.features(x))  # (B, C)
+            logits = kd_logits = in_float32(self.mlp_head, self.features(x, keep))  # (B, C)
         else:  # Section 4.2: each token has its own head and its own loss
-            cls, dist = self.tokens(x)
+            cls, dist = self.tokens(x, keep)
             logits, kd_logits = in_float32(self.mlp_head, cls), in_float32(self.kd_head, dist)
-        return answer(logits, kd_logits, both)
+        return outputs(logits, kd_logits, both)
 
 
 class CNN(nn.Module):
@@ -109,7 +116,8 @@ class CNN(nn.Module):
 
     def __init__(self, tag, n_classes, kd_head):
         super().__init__()
-        self.backbone = timm.create_model(tag, in_chans=1, num_classes=0, global_pool="")
+        depth = {"drop_path_rate": STOCHASTIC_DEPTH} if "efficientnet" in tag else {}
+        self.backbone = timm.create_model(tag, in_chans=1, num_classes=0, global_pool="", **depth)
         d = self.backbone.head_hidden_size
         self.head = nn.Linear(d, n_classes)
         self.kd_head = nn.Linear(d, n_classes) if kd_head else None
@@ -121,12 +129,12 @@ class CNN(nn.Module):
     def features(self, x):
         return self.feature_map(x).mean((2, 3))  # (B, d)
 
-    def forward(self, x, both=False):
+    def forward(self, x, both=False, keep=None):  # keep is an AST's
         return self.heads(self.features(x), both)
 
     def heads(self, z, both):
         logits = in_float32(self.head, z)
-        return answer(logits, in_float32(self.kd_head, z) if self.kd_head is not None else logits, both)
+        return outputs(logits, in_float32(self.kd_head, z) if self.kd_head is not None else logits, both)
 
 
 class AttentionPool(nn.Module):
@@ -160,7 +168,7 @@ class Hybrid(CNN):
         self.head = AttentionPool(d, n_classes)
         self.kd_head = AttentionPool(d, n_classes) if kd_head else None
 
-    def forward(self, x, both=False):
+    def forward(self, x, both=False, keep=None):
         return self.heads(self.feature_map(x).mean(2).transpose(1, 2), both)  # of (B, T', d)
 
 
@@ -170,7 +178,7 @@ def in_float32(head, z):
         return head(z.to(next(head.parameters()).dtype))
 
 
-def answer(logits, kd_logits, both):
+def outputs(logits, kd_logits, both):
     """(logits, kd_logits), or what evaluation uses: the mean of the two heads, which for one head is that head."""
     return (logits, kd_logits) if both else logits if kd_logits is logits else (logits + kd_logits) / 2
 
@@ -314,12 +322,81 @@ def resize_positions(pos, old, new):
     return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], 1)
 
 
+def from_timm_vit(state, grid):
+    """A timm ViT's state dict as DeiT-distilled holds one (names without `v.`): -> (state, what was changed).
+
+    One class token (and its position) serves both tokens; LayerScale is folded into the matrices before it; patches of another
+    size than 16x16 are resampled (timm's resample_patch_embed) and their positions with them, to DeiT's `grid`.
+    """
+    state, changed = dict(state), []
+    if "dist_token" not in state:
+        state["dist_token"] = state["cls_token"]
+        changed.append("its class token serves both")
+    pos, size = state["pos_embed"].float(), state["patch_embed.proj.weight"].shape[-1]
+    side = int(pos.shape[1] ** 0.5)
+    n = pos.shape[1] - side**2  # positions of class tokens: DeiT-distilled has 2, others 1 or none
+    prefix, positions = pos[:, [0, n - 1]] if n else torch.zeros_like(pos[:, :2]), pos[:, n:]
+    if size != PATCH:
+        weight = state["patch_embed.proj.weight"].float()
+        state["patch_embed.proj.weight"] = resample_patch_embed(weight, [PATCH, PATCH])
+        positions = resample_abs_pos_embed(positions, grid, [side, side], num_prefix_tokens=0)
+        changed.append(f"patches {size}x{size} -> {PATCH}x{PATCH}, positions {side}x{side} -> {grid[0]}x{grid[1]}")
+    state["pos_embed"] = torch.cat([prefix, positions], 1)
+    scales = [k for k in state if re.search(r"\.ls[12]\.gamma$", k)]
+    for key in scales:
+        gamma = state.pop(key).float()
+        matrix = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
+        state[f"{matrix}.weight"] = state[f"{matrix}.weight"].float() * gamma[:, None]
+        state[f"{matrix}.bias"] = state[f"{matrix}.bias"].float() * gamma
+    if scales:
+        changed.append("LayerScale folded")
+    return {k: v for k, v in state.items() if not k.startswith(("head.", "head_dist."))}, changed
+
+
+def to_ast(model, state, source):
+    """A state dict of timm's ViTs, of the AST release or of Hugging Face's AST, with our AST's names and positions."""
+    changed, square = (
+        [],
+        "cls_token" in state,
+    )  # timm's ViTs, of square images; everything else has our 12 rows of patches
+    if any(k.startswith("audio_spectrogram_transformer.") for k in state):
+        state = from_hugging_face(state)
+    elif square:
+        state, changed = from_timm_vit(state, model.v.patch_embed.grid_size)
+        state = {f"v.{k}": v for k, v in state.items()}
+    state = {k: v for k, v in state.items() if not re.match(r"v\.head(_dist)?\.", k)}  # DeiT's own, unused by AST
+    pos = state.get("v.pos_embed")
+    if pos is not None and pos.ndim == 3 and pos.shape[2] == model.v.embed_dim:
+        n = pos.shape[1] - 2
+        old = (round(n**0.5),) * 2 if square else (model.grid[0], n // model.grid[0])
+        if old[0] * old[1] != n:
+            raise ValueError(f"{source}: {n} positions do not make a grid of {old[0]} rows of patches")
+        if old != model.grid:
+            changed.append(f"positions {old[0]}x{old[1]} -> {model.grid[0]}x{model.grid[1]}")
+            state["v.pos_embed"] = resize_positions(pos.float(), old, model.grid)
+    return state, changed
+
+
+def to_cnn(model, state):
+    """A state dict of a timm CNN with the names of our CNN or hybrid."""
+    if any(k.startswith("backbone.") for k in state):
+        return state, []
+    classifier = model.backbone.pretrained_cfg.get("classifier", "classifier")
+    rename = lambda k: "head" + k[len(classifier) :] if k.startswith(classifier + ".") else "backbone." + k
+    state = {rename(k): v for k, v in state.items()}
+    if isinstance(model, Hybrid):
+        state = {k: v for k, v in state.items() if k not in ("head.weight", "head.bias")}
+        return state, ["no attention head in it: ours starts at its initialisation"]
+    return state, []
+
+
 def load_pretrained(model, path):
     """Start `model` from other people's (or our own) weights; prints what was left out, raises on anything unexpected.
 
-    Understands timm state dicts (3-channel stems included), the original AST release's .pth (`module.v.*`), Hugging Face
-    ASTForAudioClassification weights (file or folder) and this project's checkpoints. A head of another class count stays
-    at its initialisation, and that is said. Raises FileNotFoundError, or ValueError with the keys that do not fit.
+    Understands timm state dicts (3-channel stems included; for an AST any ViT of its width and depth), the original AST
+    release's .pth (`module.v.*`), Hugging Face ASTForAudioClassification weights (file or folder) and this project's
+    checkpoints. A head of another class count stays at its initialisation, and the printed line says so. Raises
+    FileNotFoundError, or ValueError with the keys that do not fit.
     """
     load_state(model, read_weights(path), str(path))
 
@@ -327,30 +404,8 @@ def load_pretrained(model, path):
 def load_state(model, state, source):
     """load_pretrained on a state dict; `source` names it in messages."""
     check_finite(state, source)
-    own, said = model.state_dict(), []
-    if isinstance(model, AST):
-        square = "cls_token" in state  # timm's DeiT, of square images; everything else has our 12 rows of patches
-        if any(k.startswith("audio_spectrogram_transformer.") for k in state):
-            state = from_hugging_face(state)
-        elif square:
-            state = {f"v.{k}": v for k, v in state.items()}
-        state = {k: v for k, v in state.items() if not re.match(r"v\.head(_dist)?\.", k)}  # DeiT's own, unused by AST
-        pos = state.get("v.pos_embed")
-        if pos is not None and pos.ndim == 3 and pos.shape[2] == own["v.pos_embed"].shape[2]:
-            n = pos.shape[1] - 2
-            old = (round(n**0.5),) * 2 if square else (model.grid[0], n // model.grid[0])
-            if old[0] * old[1] != n:
-                raise ValueError(f"{source}: {n} positions do not make a grid of {old[0]} rows of patches")
-            if old != model.grid:
-                said.append(f"positions {old[0]}x{old[1]} -> {model.grid[0]}x{model.grid[1]}")
-                state["v.pos_embed"] = resize_positions(pos.float(), old, model.grid)
-    elif not any(k.startswith("backbone.") for k in state):  # timm's names
-        classifier = model.backbone.pretrained_cfg.get("classifier", "classifier")
-        rename = lambda k: "head" + k[len(classifier) :] if k.startswith(classifier + ".") else "backbone." + k
-        state = {rename(k): v for k, v in state.items()}
-        if isinstance(model, Hybrid):
-            state = {k: v for k, v in state.items() if k not in ("head.weight", "head.bias")}
-            said.append("no attention head in it: ours starts at its initialisation")
+    own = model.state_dict()
+    state, changed = to_ast(model, state, source) if isinstance(model, AST) else to_cnn(model, state)
     for key, value in state.items():  # a 3-channel stem: the sum equals showing the spectrogram on all three channels
         if key in own and value.ndim == 4 and value.shape[1] == 3 and own[key].shape[1] == 1:
             state[key] = value.sum(1, keepdim=True)
@@ -358,15 +413,9 @@ def load_state(model, state, source):
         mine = {k: v.shape for k, v in own.items() if k.startswith(head)}
         theirs = {k: v.shape for k, v in state.items() if k.startswith(head)}
         if mine != theirs and (mine or head == "kd_head."):
-            for key in theirs:
-                del state[key]
-            state.update({k: own[k] for k in mine})
-            if theirs and mine:
-                said.append(f"its {head[:-1]} is for other classes: ours starts at its initialisation")
-            elif mine:
-                said.append(f"no {head[:-1]} in it: ours starts at its initialisation")
-            else:
-                said.append(f"its {head[:-1]} was left out")
+            state = {k: v for k, v in state.items() if k not in theirs} | {k: own[k] for k in mine}
+            found = f"its {head[:-1]} is for other classes" if theirs else f"no {head[:-1]} in it"
+            changed.append(f"{found}: ours starts at its initialisation" if mine else f"its {head[:-1]} was left out")
     for key in own:  # a counter that old files lack; it does not change what a model computes
         if key.endswith("num_batches_tracked"):
             state.setdefault(key, own[key])
@@ -379,30 +428,10 @@ def load_state(model, state, source):
         lists = "; ".join(f"{what} {len(keys)}: {', '.join(keys)}" for what, keys in faults.items() if keys)
         raise ValueError(f"{source} does not fit {model.spec['name']}: {lists}")
     model.load_state_dict(state)
-    print(f"weights from {source}" + "".join(f"; {s}" for s in said))
+    print(f"weights from {source}" + "".join(f"; {c}" for c in changed))
 
 
 # -------------------------------------------------------------------------------------------------- our own files
-
-
-def atomic_write(path, write):
-    """Call write(temporary path), flush it to disk, and rename it to `path`: a file that exists is whole."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
-    try:
-        write(temporary)
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(
-                f"the disk of {path.parent} is full: free some, the same command goes on from the last save"
-            ) from e
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def plain_state(model):
@@ -424,7 +453,7 @@ def save_checkpoint(path, model, **meta):
         with open(p, "wb") as f:  # given a path, torch.save hides why it could not write
             torch.save(content, f)
 
-    atomic_write(path, write)
+    dataset.atomic_write(path, write)
 
 
 def torch_load(path):
@@ -471,7 +500,9 @@ def load_checkpoint(path, n_frames=None):
     try:
         if isinstance(model, AST) and spec["n_frames"] != meta["model"]["n_frames"]:
             state["v.pos_embed"] = resize_positions(
-                state["v.pos_embed"], patches(meta["model"]["n_frames"]), patches(spec["n_frames"])
+                state["v.pos_embed"],
+                dataset.patch_grid(meta["model"]["n_frames"]),
+                dataset.patch_grid(spec["n_frames"]),
             )
         model.load_state_dict(state)
     except RuntimeError as e:
@@ -479,31 +510,93 @@ def load_checkpoint(path, n_frames=None):
     return model.eval(), meta
 
 
+# -------------------------------------------------------------------------------------------------- how they run
+
+
+def setup(device=None, precision=None):
+    """The device of this process; under torchrun also joins the group (NCCL on GPUs, gloo on CPU)."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda, but PyTorch sees no GPU here: use --device cpu")
+    use_cuda = device != "cpu" and torch.cuda.is_available()
+    local, n_local = (int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
+    if n_local > 1:  # torchrun sets OMP_NUM_THREADS to 1, whatever the machine has
+        torch.set_num_threads(max(1, dataset.cores() // n_local))
+    elif "OMP_NUM_THREADS" not in os.environ:  # torch does not see a container's quota
+        torch.set_num_threads(min(dataset.cores(), torch.get_num_threads()))
+    if use_cuda:
+        torch.cuda.set_device(local)
+        torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
+        torch.backends.cudnn.benchmark = True  # shapes do not change
+    elif precision == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
+        print("this CPU has no AVX512-BF16: --precision bfloat16 is slower here than float32")
+    if "WORLD_SIZE" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if use_cuda else "gloo")
+        atexit.register(dist.destroy_process_group)
+        if rank():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # only rank 0 prints
+    return torch.device("cuda", local) if use_cuda else torch.device("cpu")
+
+
+def check_same(what, value):
+    """ValueError unless every process has the same value: machines that differ would wait for each other for ever."""
+    values = [value] * world()
+    if world() > 1:
+        dist.all_gather_object(values, value)
+    if values.count(value) < len(values):
+        raise ValueError(f"{what} is not the same for all processes: give every machine the same folders")
+
+
+def autocast(device, precision=None):
+    """--precision; by default bfloat16 on a GPU and float32 on a CPU (where only some have fast bfloat16)."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=(precision or PRECISION[device.type]) == "bfloat16")
+
+
+def wrap(model, args, device, trains=True):
+    """The model as it runs: channels_last for a CNN, torch.compile on CUDA; one that trains under torchrun is in DDP, with
+    SyncBatchNorm on GPUs, which would cut a compiled graph at every norm."""
+    if trains and world() > 1 and device.type == "cuda":
+        model = convert_sync_batchnorm(model)  # timm's: torch's would drop the activations inside timm's norms
+    if not isinstance(model, AST):
+        model.to(memory_format=torch.channels_last)
+    synced = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
+    if device.type == "cuda" and not args.no_compile and not synced:
+        model.compile(dynamic=False)
+    return DistributedDataParallel(model, gradient_as_bucket_view=True) if trains and world() > 1 else model
+
+
+def progress(total, label, initial=0, unit="clip"):
+    """A progress bar on rank 0: live on a terminal, a line every half minute in a log."""
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(
+        total=total, unit=unit, desc=label, initial=initial, mininterval=interval, disable=rank() > 0, leave=False
+    )
+
+
 def terminated(*_):
-    os.write(2, b"stopped by SIGTERM; the same command goes on from the last save\n")
+    os.write(2, b"stopped by SIGTERM; the same command resumes from the last save\n")
     os._exit(143)  # a file is whole or absent at any moment
 
 
 def command_line(main):
-    """Run a script's main(): an error that a user can mend is one sentence on stderr and exit code 1."""
+    """Run a script's main(): an error that a user can fix is one sentence on stderr and exit code 1."""
     signal.signal(signal.SIGTERM, terminated)
     try:
         main()
     except KeyboardInterrupt:
-        stop("stopped by Ctrl-C; the same command goes on from the last save")
+        stop("stopped by Ctrl-C; the same command resumes from the last save")
     except torch.OutOfMemoryError:
         stop("error: the GPU's memory is full: use a smaller --batch-size, or --cache disk where the clips took it")
     except (ValueError, OSError) as e:  # TRACEBACK=1 python ... shows where it came from
         stop(traceback.format_exc() if os.environ.get("TRACEBACK") else f"error: {e}")
     except Exception:
-        if not torch.distributed.is_initialized():
+        if not dist.is_initialized():
             raise
         stop(traceback.format_exc())
 
 
 def stop(message):
     """End the process with this message and exit code 1; under torchrun at once, or it might wait for the others."""
-    if not torch.distributed.is_initialized():
+    if not dist.is_initialized():
         sys.exit(message)
     sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)

@@ -5,8 +5,8 @@
     torchrun --nproc_per_node=8 train_teacher.py --data data/fsd50k --model ast-base                 # 8 GPUs
 
 Every flag that is not given is decided by the table below, and the resolved settings are printed and saved. A run writes
-best.pt (best on validation; the last epoch where there is none), ep-NN.pt, last.pt, log.jsonl, curve.png and args.json to
-exp/<data>/<model>[-fold<K>]-s<seed>/. Interrupted, the same command goes on; finished, it says so.
+best.pt (best on validation; the last epoch where there is none), ep-NN.pt, last.pt, log.jsonl and args.json to
+exp/<data>/<model>[-fold<K>]-s<seed>/. Interrupted, the same command resumes it.
 """
 
 import argparse
@@ -14,21 +14,20 @@ import json
 import math
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import sys
 import threading
 import time
+import types
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from timm.layers import convert_sync_batchnorm
-from torch.nn.parallel import DistributedDataParallel
 
+import dataset
 import evaluate
 import models
-import prep_data
 
 # Table 2 with the gaps filled; hybrids follow the CNNs. decay: "plateau" halves after 2 epochs without a better
 # validation score; (factor, every, after) multiplies by factor once `after` epochs are done and every `every` from there.
@@ -46,7 +45,9 @@ RECIPES = {
     "demo cnn":         (1e-3, 12, 8, 20, "plateau", 0.5, True, 12, "val"),  # ours, for ten minutes on two cores
     "demo ast":         (3e-4, 6, 7, 20, "plateau", 0.0, True, 12, "val"),
 }  # fmt: skip
+SAME_WEIGHTS = {"device", "no_compile", "cache", "keep_epochs", "average"}  # settings that two runs may differ in
 BETAS, WEIGHT_DECAY, TIME_MASK = (0.95, 0.999), 5e-7, 0.192  # TIME_MASK: share of the frames
+COLUMNS_OF_LOG = 8  # room for seven terms of the loss and the gradient norm
 RESUME_SECONDS = 600  # last.pt is written at least this often
 
 
@@ -55,29 +56,41 @@ RESUME_SECONDS = 600  # last.pt is written at least this often
 
 def parser(doc):
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", required=True, help="a folder that prep_data.py wrote")
-    p.add_argument("--model", required=True, help=f"{', '.join(models.MODELS)}, or timm:<any timm CNN>")
-    p.add_argument("--pretrained", help="no, imagenet, or the path of a weight file (default: imagenet; demo: no)")
-    p.add_argument("--fold", type=int, help="train on the other folds; this one is for scoring")
-    p.add_argument("--seed", type=int, default=0)
-    p.add_argument(
+    add = p.add_argument
+    add("--data", required=True, help="a folder that prep_data.py wrote")
+    add("--model", required=True, help=f"{', '.join(models.MODELS)}, or timm:<any timm CNN>")
+    add("--pretrained", help="no, imagenet, or the path of a weight file (default: imagenet; demo: no)")
+    add("--fold", type=int, help="train on the other folds; this one is for scoring")
+    add("--seed", type=int, default=0)
+    add(
         "--recipe", choices=sorted({k.split()[0] for k in RECIPES}), help="a row of the table (default: the data set's)"
     )
-    p.add_argument("--epochs", type=int)
-    p.add_argument("--lr", type=float)
-    p.add_argument("--batch-size", type=int, help="global: all processes together")
-    p.add_argument("--warmup", type=int, help="steps of linear warmup")
-    p.add_argument("--mixup", type=float, help="its probability")
-    p.add_argument("--balanced", action=argparse.BooleanOptionalAction, default=None, help="class-balanced sampling")
-    p.add_argument("--freq-mask", type=int, help="mel bins; a mask is narrower than this")
-    p.add_argument("--time-mask", type=int, help="frames; a mask is narrower than this")
-    p.add_argument("--label-smoothing", type=float, default=0.1)
-    p.add_argument("--keep-epochs", action="store_true", help="keep ep-NN.pt after weight averaging")
-    p.add_argument("--cache", choices=["device", "disk"], help="where clips are read from (default: a GPU if they fit)")
-    p.add_argument("--no-compile", action="store_true", help="CUDA: do not torch.compile")
-    p.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
-    p.add_argument("--out", type=pathlib.Path, help="the run's folder")
+    add("--epochs", type=int)
+    add("--lr", type=float)
+    add("--batch-size", type=int, help="global: all processes together")
+    add("--warmup", type=int, help="steps of linear warmup")
+    add("--mixup", type=float, help="its probability")
+    add("--balanced", action=argparse.BooleanOptionalAction, default=None, help="class-balanced sampling")
+    add("--freq-mask", type=int, help="mel bins; a mask is narrower than this")
+    add("--time-mask", type=int, help="frames; a mask is narrower than this")
+    add("--label-smoothing", type=float, default=0.1)
+    add(
+        "--patchout", type=int, nargs=2, default=[0, 0], metavar=("ROWS", "COLUMNS"), help="of an AST's patches to drop"
+    )
+    add("--precision", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--keep-epochs", action="store_true", help="keep ep-NN.pt after weight averaging")
+    add("--cache", choices=["device", "disk"], help="where clips are read from (default: a GPU if they fit)")
+    add("--no-compile", action="store_true", help="CUDA: do not torch.compile")
+    add("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    add("--out", type=pathlib.Path, help="the run's folder")
     return p
+
+
+def parse(p):
+    """The command line, and in `given` the names of what it changed."""
+    args = p.parse_args()
+    args.given = [k for k, v in vars(args).items() if v != p.get_default(k)]
+    return args
 
 
 def resolve(args, data):
@@ -92,130 +105,147 @@ def resolve(args, data):
         args.pretrained = "no" if args.recipe == "demo" else "imagenet"
     if args.recipe == "esc50" and kind == "ast" and args.pretrained not in ("no", "imagenet"):
         image = pathlib.Path(args.pretrained).exists() and "cls_token" in models.read_weights(args.pretrained)
-        row["lr"] = row["lr"] if image else 1e-5  # only timm's DeiT has that name at the top
+        row["lr"] = row["lr"] if image else 1e-5  # only timm's ViTs have that name at the top
     args.decay, args.average = row.pop("decay"), row.pop("average")
     for key, value in row.items():
         if getattr(args, key) is None:
             setattr(args, key, value)
     if args.time_mask is None:
         args.time_mask = round(TIME_MASK * data.n_frames)
-    if isinstance(args.average, int) and args.epochs != row["epochs"]:
+    if isinstance(args.average, int) and args.epochs != row["epochs"] or args.average == "val" and not data.has_val:
         args.average = args.epochs // 3 + 1  # the last two thirds
-    if args.average == "val" and not data.has_val:
-        args.average = args.epochs // 3 + 1
-    checks = [
-        ("epochs", args.epochs >= 1), ("lr", 0 < args.lr < math.inf), ("batch_size", args.batch_size >= 1), ("warmup", args.warmup >= 0),
-        ("mixup", 0 <= args.mixup <= 1), ("freq_mask", 0 <= args.freq_mask <= 128), ("time_mask", 0 <= args.time_mask <= data.n_frames),
-        ("label_smoothing", 0 <= args.label_smoothing < 1), ("seed", args.seed >= 0),
-    ]  # fmt: skip
-    for key, good in checks:
-        if not good:
-            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} is out of range")
-    world = evaluate.ranks()[1]
-    if args.batch_size % world:
-        args.batch_size += world - args.batch_size % world
-        print(f"--batch-size rounded up to {args.batch_size}, a multiple of the {world} processes")
-    args.batch_size = min(args.batch_size, max(1, len(data) // world * world))
+    check_ranges(args, data, kind)
+    if args.batch_size % dataset.world():
+        args.batch_size += dataset.world() - args.batch_size % dataset.world()
+        print(f"--batch-size rounded up to {args.batch_size}, a multiple of the {dataset.world()} processes")
+    args.batch_size = min(args.batch_size, max(1, len(data) // dataset.world() * dataset.world()))
     args.warmup = min(args.warmup, args.epochs * (len(data) // args.batch_size) // 10)
     return args
 
 
-def start(args, data, suffix=""):
-    """Name, create and claim the run's folder: writes args.json and prints the settings. A folder of other settings is
-    refused. Returns the settings as a dictionary of plain types."""
-    fold = "" if args.fold is None else f"-fold{args.fold}"
+def check_ranges(args, data, kind):
+    grid = dataset.patch_grid(data.n_frames)
+    checks = [
+        ("epochs", args.epochs >= 1), ("lr", 0 < args.lr < math.inf), ("batch_size", args.batch_size >= 1), ("warmup", args.warmup >= 0),
+        ("mixup", 0 <= args.mixup <= 1), ("freq_mask", 0 <= args.freq_mask <= 128), ("time_mask", 0 <= args.time_mask <= data.n_frames),
+        ("label_smoothing", 0 <= args.label_smoothing < 1), ("seed", args.seed >= 0),
+        ("patchout", all(0 <= p < n for p, n in zip(args.patchout, grid))),
+    ]  # fmt: skip
+    for key, good in checks:
+        if not good:
+            raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} is out of range")
+    if kind == "cnn" and any(args.patchout):
+        raise ValueError(f"--patchout drops an AST's patches, and {args.model} has none: leave it out")
+    if len(data.classes) == 1 and (data.labels[:, 0] == 0).all():
+        raise ValueError(
+            f"every training clip of {data.root} has its only class, '{data.classes[0]}': any model would score 100 %; "
+            "add clips without it, or of another class"
+        )
+
+
+def differs(old, key, value, given):
+    """Whether a setting gives other weights than args.json's: paths are compared resolved, and one that the file does not know
+    (a flag that is younger than the run) only if the command line gave it."""
+
+    def plain(v):
+        if isinstance(v, list):
+            return [plain(e) for e in v]
+        named = key in ("data", "teacher") or (key == "pretrained" and v not in ("no", "imagenet"))
+        return os.path.realpath(v) if named else v
+
+    return plain(old[key]) != plain(value) if key in old else key in given
+
+
+def claim(args, data, suffix=""):
+    """Name, create and lock the run's folder; print and write its settings (args.json), and return them as plain types.
+    ValueError for a folder whose weights come from other settings."""
     if args.out is None:
         name = pathlib.Path(os.path.abspath(data.root)).name  # a link keeps its name
+        fold = "" if args.fold is None else f"-fold{args.fold}"
         args.out = pathlib.Path("exp", name, f"{args.model.replace(':', '-')}{suffix}{fold}-s{args.seed}")
-    settings = {k: v for k, v in vars(args).items() if k not in ("out", "device", "no_compile", "cache")}
+    settings = {k: v for k, v in vars(args).items() if k not in ("out", "given")}
     settings = json.loads(json.dumps(settings | {"data": str(data.root)}))  # tuples become lists
-    evaluate.agree(data.root, data.stats["crc32"])
-    if evaluate.ranks()[0] == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        prep_data.lock(args.out)
-        file = args.out / "args.json"
-        if file.exists():
-            old = prep_data.read_json(file)
-            other = [k for k in settings.keys() | old.keys() if settings.get(k) != old.get(k)]
-            if other:
-                changes = ", ".join(f"{k} {old.get(k)} -> {settings.get(k)}" for k in sorted(other))
-                raise ValueError(
-                    f"{args.out} is a run with other settings ({changes}): give another --out, or remove it"
-                )
-        prep_data.write_json(file, settings)
-        print(" ".join(f"{k}={v}" for k, v in settings.items()))
+    models.check_same(data.root, data.stats["crc32"])
+    if dataset.rank():
+        return settings
+    args.out.mkdir(parents=True, exist_ok=True)
+    dataset.lock(args.out)
+    if (args.out / "args.json").exists():
+        old = dataset.read_json(args.out / "args.json")
+        other = sorted(k for k in settings.keys() - SAME_WEIGHTS if differs(old, k, settings[k], args.given))
+        if other:
+            changes = ", ".join(f"{k} {old.get(k)} -> {settings[k]}" for k in other)
+            raise ValueError(f"{args.out} is a run with other settings ({changes}): give another --out, or remove it")
+        settings["keep_epochs"] |= old["keep_epochs"]
+    dataset.write_json(args.out / "args.json", settings)
+    print(" ".join(f"{k}={v}" for k, v in settings.items()))
     return settings
 
 
-def meta_of(data, settings, **more):
-    """What every weight file carries beside its weights."""
-    return dict(
-        classes=data.classes, mean=data.mean, std=data.std, n_frames=data.n_frames, sample_rate=data.stats["sample_rate"],
-        task=data.task, data=str(data.root.resolve()), args=settings, **more,
+# ------------------------------------------------------------------------------------------------------------ a run
+
+
+def open_data(args):
+    """The training split, and the validation split where there is one (folds and AudioSet have none: no choice is made)."""
+    train = dataset.FbankDataset(args.data, "train-balanced" if args.recipe == "audioset-bal" else "train", args.fold)
+    val = dataset.FbankDataset(args.data, "val") if train.has_val else None
+    if val is None:
+        print("no validation split: best.pt is the last epoch")
+    return train, val
+
+
+def begin(args, data, val, device, suffix="", **meta):
+    """Claim the folder, build the student and its optimizer, resume from last.pt if there is one -> the run: args, data, val,
+    device, meta (what every weight file carries), model, optimizer, history (finished epochs), log (of the unfinished one),
+    saved (when), stop (set by SIGTERM)."""
+    settings = claim(args, data, suffix)
+    meta |= {"classes": data.classes, "mean": data.mean, "std": data.std, "n_frames": data.n_frames, "task": data.task}
+    meta |= {"sample_rate": data.stats["sample_rate"], "data": str(data.root.resolve()), "args": settings}
+    torch.manual_seed(args.seed)
+    pretrained = {"no": False, "imagenet": True}.get(args.pretrained, args.pretrained)
+    model = models.build_model(
+        args.model, len(data.classes), data.n_frames, pretrained, getattr(args, "kd_head", False)
+    ).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+    run = types.SimpleNamespace(
+        args=args, data=data, val=val, device=device, meta=meta, model=model, optimizer=optimizer,
+        history=[], log=torch.zeros(0, COLUMNS_OF_LOG), names=[], saved=time.monotonic(), stop=threading.Event(),
     )  # fmt: skip
+    last = models.read_checkpoint(args.out / "last.pt") if (args.out / "last.pt").exists() else None
+    models.check_same(args.out / "last.pt", last and (last["epoch"], len(last["log"])))
+    if last:
+        run.history, run.log, run.names = last["history"], last["log"], last["names"]
+        if len(run.history) >= args.epochs:
+            print(f"{args.out} is trained already ({args.epochs} epochs); remove it to train again")
+            sys.exit(0)
+        print(f"resuming from {args.out / 'last.pt'}: epoch {len(run.history) + 1}, step {len(run.log)}")
+        model.load_state_dict(last["state"])
+        optimizer.load_state_dict(last["optimizer"])
+    make_room(run)
+    signal.signal(signal.SIGTERM, lambda *_: run.stop.set())  # a pre-emption: the loop looks after each step
+    return run
 
 
-# ------------------------------------------------------------------------------------------------------- one epoch
-
-
-def epoch_order(data, seed, epoch, balanced):
-    """Which clips an epoch shows, in order: a permutation, or as many draws with class-balanced replacement."""
-    rng = np.random.default_rng([seed, epoch])
-    if not balanced:
-        return rng.permutation(len(data))
-    share = np.cumsum(data.weights())
-    return np.searchsorted(share, rng.random(len(data)) * share[-1], side="right").clip(max=len(data) - 1)
-
-
-def batches(data, args, epoch, device, first=0):
-    """Yield (x, y, mixed) for the steps of an epoch from step `first` on, each this rank's share of the global batch:
-    x (b, T, F) augmented and normalised, y (b, C) soft targets, mixed (b, T, F) the mixture before masks, noise and shift.
-
-    All that is random follows from (seed, epoch, step) for the global batch, so it depends neither on the number of ranks
-    nor on an interruption. A thread reads the next batch while this one trains.
-    """
-    rank, world = evaluate.ranks()
-    order, share, C = epoch_order(data, args.seed, epoch, args.balanced), args.batch_size // world, len(data.classes)
-    mine = slice(rank * share, (rank + 1) * share)
-
-    def host(step):
-        clips = order[step * args.batch_size : (step + 1) * args.batch_size]
-        rng = np.random.default_rng([args.seed, epoch, step + 1])  # NumPy pads with zeros: 0 is epoch_order's stream
-        d = prep_data.draw(rng, len(clips), len(data), args.mixup, args.freq_mask, args.time_mask, data.n_frames)
-        partner = np.where(d["lam"] < 1, d.pop("partner"), clips)[mine]
-        a = data.fetch(clips[mine])
-        b = data.fetch(partner) if args.mixup > 0 else a
-        tensors = [*a, *b, *(torch.from_numpy(v[mine]) for v in d.values())]
-        if device.type == "cuda":
-            tensors = [t if t.is_cuda else t.pin_memory() for t in tensors]
-        return tensors, list(d), int(rng.integers(2**62))
-
-    for tensors, names, noise_seed in evaluate.ahead(host, range(first, steps_of(data, args)), device):
-        a, n_a, labels_a, b, n_b, labels_b, *rest = (t.to(device, non_blocking=True) for t in tensors)
-        d = dict(zip(names, rest))
-        mixed = prep_data.mix(a.float(), b.float(), d["lam"], n_a, n_b)
-        noise_source = torch.Generator(device).manual_seed(noise_seed)
-        noise = torch.rand((args.batch_size, *mixed.shape[1:]), device=device, generator=noise_source)[mine]
-        x = prep_data.augment(mixed, d, noise, data.mean, data.std)
-        y_a, y_b = (prep_data.targets(v, C, data.task, args.label_smoothing) for v in (labels_a, labels_b))
-        lam = d["lam"].unsqueeze(1)
-        yield x, lam * y_a + (1 - lam) * y_b, mixed
-
-
-def steps_of(data, args):
-    return max(1, len(data) // args.batch_size)  # the last, short batch is dropped
-
-
-def truth_loss(logits, y, task):
-    """Loss_g: BCE with logits (mean over batch and classes), or cross-entropy with soft targets (mean over the batch)."""
-    return F.binary_cross_entropy_with_logits(logits, y) if task == "multi-label" else F.cross_entropy(logits, y)
-
-
-# ---------------------------------------------------------------------------------------- the optimizer and the run
-
-
-def make_optimizer(model, args):
-    return torch.optim.Adam(model.parameters(), args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+def make_room(run):
+    """Put the clips on a GPU where they fit in 40 % of what is free there, and say where they are. Say what disk the run will
+    take, ValueError if there is not enough. Write ep-00.pt, the model before training."""
+    args, data, out, device = run.args, run.data, run.args.out, run.device
+    need = len(data) * data.n_frames * dataset.N_MELS * 2
+    fits = device.type == "cuda" and need < 0.4 * torch.cuda.mem_get_info(device)[0]
+    if args.cache == "device" or (not args.cache and fits):
+        data.keep_on(device)
+    where = "disk, through the page cache" if data.cache is None else f"{device.type} memory"
+    print(f"{len(data)} training clips, {need / 2**30:.2f} GiB, are read from {where}")
+    if dataset.rank():
+        return
+    # besides the epochs: ep-00, best, wa, and last, which holds Adam's state too and is written beside itself
+    need = (args.epochs - len(run.history) + 9) * sum(v.nbytes for v in run.model.state_dict().values())
+    free = shutil.disk_usage(out).free
+    print(f"checkpoints will take up to {need / 2**30:.2f} GiB in {out} ({free / 2**30:.0f} GiB free)")
+    if need > free:
+        raise ValueError(f"{out} has {free / 2**30:.2f} GiB free, the checkpoints need {need / 2**30:.2f}: give --out")
+    if not run.history and not (out / "ep-00.pt").exists():  # later in its first epoch the model is another
+        models.save_checkpoint(out / "ep-00.pt", run.model, **run.meta, epoch=0)
 
 
 def decay_factor(args, epoch, history):
@@ -230,233 +260,131 @@ def decay_factor(args, epoch, history):
     return rate.param_groups[0]["lr"]
 
 
-def set_rate(optimizer, args, factor, done):
-    """The rate of the step after `done` steps of the run: linear warmup times the epoch's decay."""
-    for group in optimizer.param_groups:
-        group["lr"] = args.lr * factor * min(1.0, (done + 1) / max(1, args.warmup))
+def truth_loss(logits, y, task):
+    """Loss_g: BCE with logits (mean over batch and classes), or cross-entropy with soft targets (mean over the batch)."""
+    return F.binary_cross_entropy_with_logits(logits, y) if task == "multi-label" else F.cross_entropy(logits, y)
 
 
-def faster(model, args, device):
-    """channels_last for a CNN and torch.compile on CUDA, both in place; all that a frozen teacher needs."""
-    if not isinstance(model, models.AST):
-        model.to(memory_format=torch.channels_last)
-    synced = any(isinstance(m, torch.nn.SyncBatchNorm) for m in model.modules())  # each would cut the graph in two
-    if device.type == "cuda" and not args.no_compile and not synced:
-        model.compile(dynamic=False)
-    return model
-
-
-def wrap(model, args, device):
-    """The student as it trains: under torchrun in DDP, with SyncBatchNorm on GPUs."""
-    if evaluate.ranks()[1] > 1 and device.type == "cuda":
-        model = convert_sync_batchnorm(model)  # timm's: torch's would drop the activations inside timm's norms
-    model = faster(model, args, device)
-    return DistributedDataParallel(model, gradient_as_bucket_view=True) if evaluate.ranks()[1] > 1 else model
-
-
-def resume(args, model, optimizer):
-    """Go on from last.pt if there is one: -> (epoch, step, running totals, history of finished epochs)."""
-    file = args.out / "last.pt"
-    last = models.read_checkpoint(file) if file.exists() else None
-    evaluate.agree(file, last and (last["epoch"], last["step"]))
-    if last is None:
-        return 1, 0, None, []
-    model.load_state_dict(last["state"])
-    optimizer.load_state_dict(last["optimizer"])
-    history, step = last["history"], last["step"]
-    if len(history) >= args.epochs:
-        if not (args.out / "curve.png").exists():
-            finish_run(args, history)
-        print(f"{args.out} is trained already ({args.epochs} epochs); remove it to train again")
-        sys.exit(0)
-    print(f"going on from {file}: epoch {len(history) + 1}, step {step}")
-    return len(history) + 1, step, last["totals"], history
-
-
-def first_fault(fault, step, loss, model):
-    """The first step of the epoch whose loss or gradient was not finite, inf so far: stays on the device, unread."""
+def record(log, step, terms, model):
+    """Write a step's terms and the norm of its gradient into its row of the log; -> the names of the columns."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
-    return torch.where((loss + norm).isfinite(), fault, fault.clamp(max=step))
+    log[step, : len(terms) + 1] = torch.stack([*terms.values(), norm]).detach()
+    return [*terms, "grad_norm"]
 
 
-def check_fault(fault, args, data, epoch, optimizer):
-    """Read that flag; ValueError that names the step's clips. The last checkpoint is older than the fault."""
-    step = fault.item()
-    if step < math.inf:
-        at, order = int(step) * args.batch_size, epoch_order(data, args.seed, epoch, args.balanced)
-        clips = ", ".join(data.ids[i] for i in order[at : at + args.batch_size])
+def means(run, log, names):
+    """The mean over an epoch's steps so far of each column of its log, by name; waits for the device.
+    ValueError names the first step whose loss or gradient was not finite, and its clips."""
+    finite = log.isfinite().all(1)
+    if not finite.all():
+        args, step, epoch = run.args, int(finite.int().argmin()), len(run.history) + 1
+        order = dataset.epoch_order(run.data, args.seed, epoch, args.balanced)
+        clips = ", ".join(run.data.ids[i] for i in order[step * args.batch_size : (step + 1) * args.batch_size])
         raise ValueError(
-            f"loss or gradient was not finite in epoch {epoch}, step {int(step)}, at learning rate "
-            f"{optimizer.param_groups[0]['lr']:.2e} (clips {clips}); {args.out} keeps what was good: "
+            f"loss or gradient was not finite in epoch {epoch}, step {step}, at learning rate "
+            f"{run.optimizer.param_groups[0]['lr']:.2e} (clips {clips}); {args.out} keeps what was good: "
             "try a lower --lr with another --out"
         )
+    return dict(zip(names, log.mean(0).tolist()))
 
 
-def ask_to_stop():
-    """From now on SIGTERM (a pre-emption) only sets this flag, which is read after each step."""
-    asked = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    return asked
-
-
-def save_due(saved, asked):
-    return evaluate.ranks()[0] == 0 and (asked.is_set() or time.monotonic() - saved > RESUME_SECONDS)
-
-
-def stop_or_go_on(asked, args):
-    """After a save in the middle of an epoch: end the process if it was asked to; -> the time of the save."""
-    if asked.is_set():
-        print(f"stopped by SIGTERM; the same command goes on from {args.out / 'last.pt'}", file=sys.stderr, flush=True)
-        os._exit(143)  # other processes may be waiting for this one: torchrun ends them
-    return time.monotonic()
-
-
-def save_last(args, model, optimizer, meta, history, step=0, totals=None):
-    totals = None if totals is None else totals.tolist()
-    run = {"optimizer": optimizer.state_dict(), "history": history, "epoch": len(history), "step": step}
-    models.save_checkpoint(args.out / "last.pt", model, **meta, **run, totals=totals)
-
-
-def epoch_entry(epoch, optimizer, clips, began, device, **losses):
-    """The epoch's line of the log; losses are averaged over the ranks."""
-    seconds = time.monotonic() - began
-    for value in losses.values():
-        if evaluate.ranks()[1] > 1:
-            torch.distributed.all_reduce(value)
-    losses = {k: v.item() / evaluate.ranks()[1] for k, v in losses.items()}
-    lr = optimizer.param_groups[0]["lr"]
-    speed = {"seconds": round(seconds, 2), "clips_per_second": round(clips / seconds, 2)}
-    return {"epoch": epoch, "lr": lr, **losses, **speed, "peak_gib": round(evaluate.peak_memory(device), 2)}
-
-
-def finish_epoch(args, model, optimizer, val, device, meta, history, entry):
-    """Validate, log, and save ep-NN.pt, best.pt and last.pt, in the order in which a kill at any moment loses nothing."""
-    if val is not None:
-        p, y = evaluate.predict(model, val, device, meta["mean"], meta["std"], label="validation")
-        found = evaluate.scores(p, y, val.task)
-        entry |= {f"val_{k}": found[k] for k in ("mAP", "mAUC", "d_prime", "accuracy")}
-        entry["val_score"] = found[evaluate.MAIN_SCORE[val.task]]
-        if not history:
-            evaluate.say_absent(found["positives"], val)
-    best = val is None or entry["val_score"] > max((e["val_score"] for e in history), default=-1.0)
-    history.append(entry)
-    if evaluate.ranks()[0]:
+def save_last(run, log=None, names=()):
+    """Write last.pt, from which the same command resumes, with the log of an unfinished epoch; the end of the process if
+    SIGTERM asked for it."""
+    if dataset.rank():
         return
-    meta = meta | {"epoch": entry["epoch"]}
-    models.save_checkpoint(args.out / f"ep-{entry['epoch']:02d}.pt", model, **meta)
-    if best:
-        models.save_checkpoint(args.out / "best.pt", model, **meta)
-    meta.pop("epoch")
-    models.atomic_write(args.out / "log.jsonl", lambda p: p.write_text("".join(json.dumps(e) + "\n" for e in history)))
-    save_last(args, model, optimizer, meta, history)  # last of all: until it is there, the epoch is done again
-    score = ""
-    if val is not None:
-        score = f"  val {evaluate.MAIN_SCORE[val.task]} {100 * entry['val_score']:.2f}{' *' if best else ''}"
+    if log is not None:
+        means(run, log, names)  # raises before weights that are not finite are saved
+    log = torch.zeros(0, COLUMNS_OF_LOG) if log is None else log.cpu()
+    state = {"optimizer": run.optimizer.state_dict(), "history": run.history, "epoch": len(run.history)}
+    models.save_checkpoint(run.args.out / "last.pt", run.model, **run.meta, **state, log=log, names=list(names))
+    run.saved = time.monotonic()
+    if run.stop.is_set():
+        print(
+            f"stopped by SIGTERM; the same command resumes from {run.args.out / 'last.pt'}", file=sys.stderr, flush=True
+        )
+        os._exit(143)  # other processes may be waiting for this one: torchrun ends them
+
+
+def finish_epoch(run, log, names, seconds, clips):
+    """Validate, log, and save ep-NN.pt, best.pt and last.pt, in the order in which a kill at any moment loses nothing."""
+    losses = torch.tensor(list(means(run, log, names).values()), device=run.device)
+    if dataset.world() > 1:
+        torch.distributed.all_reduce(losses)
+    entry = {"epoch": len(run.history) + 1, "lr": run.optimizer.param_groups[0]["lr"]}
+    entry |= dict(zip(names, (losses / dataset.world()).tolist()))
+    entry |= {
+        "seconds": round(seconds, 2),
+        "clips_per_second": round(clips / seconds, 2),
+        "peak_gib": peak_gib(run.device),
+    }
+    args, out, best, val = run.args, run.args.out, True, ""
+    if run.val is not None:
+        p, y = evaluate.predict(
+            run.model, run.val, run.device, run.data.mean, run.data.std, precision=args.precision, label="validation"
+        )
+        found = evaluate.scores(p, y, run.val.task)
+        if not run.history:
+            evaluate.report_absent(found["positives"], run.val)
+        entry |= {f"val_{k}": found[k] for k in ("mAP", "mAUC", "d_prime", "accuracy")}
+        entry["val_score"] = found[evaluate.MAIN_SCORE[run.val.task]]
+        best = entry["val_score"] > max((e["val_score"] for e in run.history), default=-1.0)
+        val = f"  val {evaluate.MAIN_SCORE[run.val.task]} {100 * entry['val_score']:.2f}{' *' if best else ''}"
+    run.history.append(entry)
+    run.log = run.log[:0]
+    if dataset.rank() == 0:
+        meta = run.meta | {"epoch": entry["epoch"], "val_score": entry.get("val_score")}
+        models.save_checkpoint(out / f"ep-{entry['epoch']:02d}.pt", run.model, **meta)
+        if best:
+            models.save_checkpoint(out / "best.pt", run.model, **meta)
+        lines = "".join(json.dumps(e) + "\n" for e in run.history)
+        dataset.atomic_write(out / "log.jsonl", lambda p: p.write_text(lines))
+    save_last(run)  # last of all: until it is there, the epoch is done again
     print(
-        f"epoch {entry['epoch']:2d}/{args.epochs}  loss {entry['loss']:.4f}{score}  lr {entry['lr']:.2e}  "
-        f"{entry['seconds']:.0f} s, {entry['clips_per_second']:.0f} clips/s, peak {entry['peak_gib']:.1f} GiB",
+        f"epoch {entry['epoch']:2d}/{args.epochs}  loss {entry['loss']:.4f}{val}  lr {entry['lr']:.2e}  {seconds:.0f} s, "
+        f"{entry['clips_per_second']:.0f} clips/s, peak {entry['peak_gib']:.1f} GiB",
         flush=True,
     )
+    if entry["epoch"] == args.epochs:
+        print(f"wrote {out}: best.pt, last.pt, ep-NN.pt, log.jsonl")
 
 
-def finish_run(args, history):
-    """curve.png, and where everything is."""
-    if evaluate.ranks()[0]:
-        return
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    fig, ax = plt.subplots(figsize=(6, 3.6), layout="constrained")
-    epochs = [e["epoch"] for e in history]
-    ax.plot(epochs, [e["loss"] for e in history], "C0", label="training loss")
-    ax.set(xlabel="epoch", ylabel="training loss", title=args.out.name)
-    if "val_score" in history[0]:
-        right = ax.twinx()
-        right.plot(epochs, [100 * e["val_score"] for e in history], "C1", label="validation")
-        right.set_ylabel("validation score (%)", color="C1")
-    models.atomic_write(args.out / "curve.png", lambda p: fig.savefig(p, dpi=120))
-    plt.close(fig)
-    print(f"wrote {args.out}: best.pt, last.pt, ep-NN.pt, log.jsonl, curve.png")
-
-
-def open_data(args):
-    """The training split, and the validation split where there is one (folds and AudioSet have none: no choice is made)."""
-    train = prep_data.FbankDataset(args.data, "train-balanced" if args.recipe == "audioset-bal" else "train", args.fold)
-    val = prep_data.FbankDataset(args.data, "val") if train.has_val else None
-    if val is None:
-        print("no validation split: best.pt is the last epoch")
-    return train, val
-
-
-def begin_run(args, model, meta, history, data, device):
-    """Put the clips on a GPU where they fit in 40 % of what is free there, and say so. Say what disk the run will take,
-    ValueError if there is not enough. Write ep-00.pt, the model before training."""
-    need, on_gpu = len(data) * data.n_frames * prep_data.N_MELS * 2, device.type == "cuda"
-    if args.cache == "device" or (not args.cache and on_gpu and need < 0.4 * torch.cuda.mem_get_info(device)[0]):
-        data.keep_on(device)
-    if evaluate.ranks()[0]:
-        return
-    where = "disk, through the page cache" if data.cache is None else f"{device.type} memory"
-    print(f"{len(data)} training clips, {need / 2**30:.2f} GiB, are read from {where}")
-    # besides the epochs: ep-00, best, wa, and last, which holds Adam's state too and is written beside itself
-    need = (args.epochs - len(history) + 9) * sum(v.nbytes for v in model.state_dict().values())
-    free = shutil.disk_usage(args.out).free
-    print(f"checkpoints will take up to {need / 2**30:.2f} GiB in {args.out} ({free / 2**30:.0f} GiB free)")
-    if need > free:
-        raise ValueError(
-            f"{args.out} has {free / 2**30:.2f} GiB free, the checkpoints need {need / 2**30:.2f}: make room or give --out"
-        )
-    if not history and not (args.out / "ep-00.pt").exists():  # later in its first epoch the model is another
-        models.save_checkpoint(args.out / "ep-00.pt", model, **meta, epoch=0)
+def peak_gib(device):
+    """The most memory in use since the process began: of the GPU if there is one, else resident (GiB)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 2**30, 2)
+    unit = 2 ** (30 if sys.platform == "darwin" else 20)
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit, 2)
 
 
 def main():
-    args = parser(__doc__).parse_args()
-    device = evaluate.setup(args.device)
+    args = parse(parser(__doc__))
+    device = models.setup(args.device, args.precision)
     data, val = open_data(args)
-    settings = start(resolve(args, data), data)
-    meta = meta_of(data, settings)
-
-    torch.manual_seed(args.seed)
-    pretrained = {"no": False, "imagenet": True}.get(args.pretrained, args.pretrained)
-    model = models.build_model(args.model, len(data.classes), data.n_frames, pretrained).to(device)
-    optimizer = make_optimizer(model, args)
-    start_epoch, first, totals, history = resume(args, model, optimizer)
-    begin_run(args, model, meta, history, data, device)
-    net = wrap(model, args, device)
-
-    n_steps, saved, asked = steps_of(data, args), time.monotonic(), ask_to_stop()
-    for epoch in range(start_epoch, args.epochs + 1):
-        began, factor = time.monotonic(), decay_factor(args, epoch, history)
+    run = begin(resolve(args, data), data, val, device)
+    net, n_steps = models.wrap(run.model, args, device), dataset.steps_in_epoch(data, args)
+    for epoch in range(len(run.history) + 1, args.epochs + 1):
         net.train()
-        total = torch.zeros((), device=device) if totals is None else torch.tensor(totals, device=device)
-        fault = torch.full((), math.inf, device=device)
-        with evaluate.progress(n_steps * args.batch_size, "clip", f"epoch {epoch}", first * args.batch_size) as bar:
-            for step, (x, y, _) in enumerate(batches(data, args, epoch, device, first), first):
-                set_rate(optimizer, args, factor, (epoch - 1) * n_steps + step)
-                with evaluate.autocast(device):
-                    logits = net(x)
+        began, first, decay = time.monotonic(), len(run.log), decay_factor(args, epoch, run.history)
+        log = torch.zeros(n_steps, COLUMNS_OF_LOG, device=device)  # of each step; nothing waits for the device
+        log[:first], names = run.log, run.names  # of an interrupted epoch
+        with models.progress(n_steps * args.batch_size, f"epoch {epoch}", first * args.batch_size) as bar:
+            for step, (x, y, _, keep) in enumerate(dataset.batches(data, args, epoch, device, first), first):
+                for group in run.optimizer.param_groups:  # linear warmup times the epoch's decay
+                    group["lr"] = args.lr * decay * min(1, ((epoch - 1) * n_steps + step + 1) / max(1, args.warmup))
+                with models.autocast(device, args.precision):
+                    logits = net(x, keep=keep)  # (b, C)
                 loss = truth_loss(logits.float(), y, data.task)
-                optimizer.zero_grad(set_to_none=True)
+                terms = {"loss": loss}  # shown and logged: one more term is added to loss, and named here
+                run.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                fault = first_fault(fault, step, loss, model)
-                optimizer.step()
-                total += loss.detach()
-                if bar.update(args.batch_size):
-                    check_fault(fault, args, data, epoch, optimizer)
-                    bar.set_postfix(loss=f"{total.item() / (step + 1):.4f}", refresh=False)
-                if save_due(saved, asked):
-                    check_fault(fault, args, data, epoch, optimizer)
-                    save_last(args, model, optimizer, meta, history, step + 1, total)
-                    saved = stop_or_go_on(asked, args)
-        check_fault(fault, args, data, epoch, optimizer)
-        clips = (n_steps - first) * args.batch_size
-        entry = epoch_entry(epoch, optimizer, clips, began, device, loss=total / n_steps)
-        finish_epoch(args, model, optimizer, val, device, meta, history, entry)
-        first, totals, saved = 0, None, time.monotonic()
-    finish_run(args, history)
+                names = record(log, step, terms, run.model)
+                run.optimizer.step()
+                if bar.update(args.batch_size):  # now and then
+                    bar.set_postfix(means(run, log[: step + 1], names), refresh=False)
+                if run.stop.is_set() or time.monotonic() - run.saved > RESUME_SECONDS:
+                    save_last(run, log[: step + 1], names)
+        finish_epoch(run, log, names, time.monotonic() - began, (n_steps - first) * args.batch_size)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,421 @@
+"""data/<name>/ -> augmented batches: the prepared folder's format, its reader, mixup, masks, the order of an epoch (Section 3.2).
+
+    python -c "import dataset; print(*dataset.FbankDataset('data/demo', 'train')[0])"
+
+From a row on disk to the tensor that a model sees, everything is in this file. To change the augmentation, edit `augment`
+(masks, noise, shift), `mix` (mixup) or `draw` (how much of each). prep_data.py writes what this file reads.
+"""
+
+import collections
+import concurrent.futures
+import csv
+import fcntl
+import functools
+import json
+import math
+import os
+import pathlib
+import zlib
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+SAMPLE_RATE, N_MELS, SHARD = 16000, 128, 512  # Hz, mel bins, clips in a shard
+FLOOR = math.log(torch.finfo(torch.float32).eps)  # -15.9424: Kaldi's log-mel of silence
+PATCH, STRIDE = 16, 10  # of an AST, in frames and mel bins
+VERSION = 1  # of the prepared folder
+READERS, AHEAD = 4, 8  # threads that read batches, and how many batches may wait
+
+
+# --------------------------------------------------------------------------------------------- files and processes
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def cores():
+    """The cores that this process may use: those of its affinity, fewer where a container's quota says so."""
+    n, quota = os.cpu_count(), pathlib.Path("/sys/fs/cgroup/cpu.max")
+    if hasattr(os, "sched_getaffinity"):  # not on macOS
+        n = len(os.sched_getaffinity(0))
+    if quota.exists():
+        limit, period = quota.read_text().split()
+        n = n if limit == "max" else min(n, math.ceil(int(limit) / int(period)))
+    return n
+
+
+def atomic_write(path, write):
+    """Call write(temporary path), flush it to disk, and rename it to `path`: a file that exists is complete."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
+    try:
+        write(temporary)
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as e:
+        way_out = "free some disk or fix its permissions, then run the same command again"
+        raise OSError(f"{path} could not be written ({e.strerror or e}): {way_out}") from e
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    atomic_write(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
+
+
+def read_json(path):
+    """The dictionary in a JSON file; ValueError if it is damaged."""
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as e:
+        raise ValueError(f"{path} is damaged: restore it, or remove {path.parent} and make it again") from e
+
+
+def write_csv(path, header, rows):
+    """A table in UTF-8, whatever the locale."""
+
+    def write(p):
+        with open(p, "w", newline="", encoding="utf-8") as f:
+            lines = csv.writer(f, lineterminator="\n")
+            lines.writerow(header)
+            lines.writerows(rows)
+
+    atomic_write(path, write)
+
+
+def crc32(path):
+    with open(path, "rb") as f:
+        return functools.reduce(lambda c, block: zlib.crc32(block, c), iter(lambda: f.read(1 << 22), b""), 0)
+
+
+LOCKS = {}  # folder: descriptor; the system lifts a lock when its process ends, however it ends
+
+
+def lock(folder):
+    """ValueError if another process works in this folder; remove what a killed one left half-written."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as e:
+        os.close(descriptor)
+        raise ValueError(f"{folder} is in use by another process: wait for its end, or give another --out") from e
+    except OSError:  # a file system without locks
+        pass
+    LOCKS[os.path.realpath(folder)] = descriptor
+    for old in pathlib.Path(folder).glob(".*.tmp*"):
+        old.unlink()
+
+
+def unlock(folder):
+    os.close(LOCKS.pop(os.path.realpath(folder)))
+
+
+# ------------------------------------------------------------------------------------------------------ the reader
+
+CLIP_COLUMNS = ["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"]  # of clips.csv
+
+
+@functools.cache
+def report_edit(path, crc):
+    print(f"{path} was edited after its preparation: the edited table is used")
+
+
+class FbankDataset(torch.utils.data.Dataset):
+    """One split ('train', 'val' or 'eval') of a prepared folder; with `fold`, 'train' is the other folds, 'eval' that one.
+
+    ds[i] -> (x (T, 128) float32 log-mel in nats, not normalised, zero after the clip's end; y (C,) float32 in {0, 1}).
+    ds.batch(indices) -> the same for a batch, float16 and with the clips' own frame counts: what training uses.
+    Also: classes (names), task, n_frames, ids, labels (n, L) filled up with -1, mean and std (nats) of this split's own
+    frames, has_val, listed (clips of the split that the source lists). AudioSet's 'train' is both its lists,
+    'train-balanced' the small one. Files are opened for each batch and closed again: AudioSet has 4,100 of them.
+    Raises FileNotFoundError or ValueError for a folder that is not complete, or a split or fold that it does not have.
+    """
+
+    def __init__(self, root, split, fold=None):
+        self.root, self.split, self.fold, self.cache = pathlib.Path(root), split, fold, None
+        if not (self.root / "stats.json").is_file():
+            what = "is not complete (interrupted?)" if any(self.root.glob("fbank-*")) else "is not a prepared folder"
+            raise FileNotFoundError(f"{self.root} {what}: run prep_data.py with --out {self.root}")
+        self.stats = read_json(self.root / "stats.json")
+        if self.stats.get("version") != VERSION:
+            raise ValueError(
+                f"{self.root} has format version {self.stats.get('version')}, not {VERSION}: prepare it again"
+            )
+        for name, crc in self.stats["tables"].items():
+            if (now := crc32(self.root / name)) != crc:
+                report_edit(self.root / name, now)
+        self.source, self.task, self.n_frames = (self.stats[k] for k in ("source", "task", "n_frames"))
+        self.listed = self.stats.get("listed", {}).get(split)
+        with open(self.root / "classes.csv", newline="", encoding="utf-8-sig") as f:
+            self.classes = [r["display_name"] for r in csv.DictReader(f)]
+        self._read_clips()
+        self._check_shards()
+
+    def _read_clips(self):
+        """clips.csv -> arrays of the clips of this split"""
+        path, split, fold = self.root / "clips.csv", self.split, self.fold
+        columns, folds, splits = [[] for _ in range(6)], set(), set()  # columns: a tuple a clip would keep the GC busy
+        try:
+            with open(path, newline="", encoding="utf-8-sig") as f:
+                lines = csv.reader(f)
+                header = next(lines)
+                row, id_, _, split_, fold_, labels, n_frames, mean, var = map(header.index, CLIP_COLUMNS)
+                for r in lines:
+                    folds.add(r[fold_])
+                    splits.add(r[split_])
+                    if fold is None:  # 'train' is also train-balanced and train-unbalanced
+                        chosen = r[split_] == split or r[split_].startswith(f"{split}-")
+                    else:
+                        chosen = (r[fold_] == str(fold)) == (split == "eval")
+                    if chosen:
+                        own = [int(k) for k in r[labels].split(";")] if r[labels] else []
+                        values = (int(r[row]), r[id_], own, int(r[n_frames]), float(r[mean]), float(r[var]))
+                        for column, value in zip(columns, values):
+                            column.append(value)
+        except (ValueError, IndexError, StopIteration) as e:
+            raise ValueError(
+                f"{path} line {lines.line_num} does not have the columns {','.join(CLIP_COLUMNS)} ({e})"
+            ) from e
+        rows, ids, labels, frames, mean, var = columns
+        folds, splits = sorted(folds - {""}, key=lambda k: (len(k), k)), sorted(splits - {""})
+        if fold is None and not splits:
+            raise ValueError(f"{self.root} has folds, not splits: give --fold, one of {', '.join(folds)}")
+        if fold is not None and str(fold) not in folds:
+            has = f"folds {', '.join(folds)}" if folds else "splits, not folds"
+            raise ValueError(f"{self.root} has no fold {fold}: it has {has}")
+        if not rows or (fold is not None and split not in ("train", "eval")):
+            have = splits if fold is None else ["train", "eval"]
+            raise ValueError(f"{self.root} has no split '{split}': it has {', '.join(have)}")
+        self.has_val, self.ids = fold is None and "val" in splits, tuple(ids)
+        self.rows, self.frames = np.array(rows), np.array(frames)  # (n,): place in the shards, own frame count
+        mean, var, share = np.array(mean), np.array(var), self.frames / self.frames.sum()
+        self.mean = float(share @ mean)
+        self.std = float(np.sqrt(share @ (var + mean**2) - self.mean**2))
+        self.labels = np.full((len(rows), max(1, *map(len, labels))), -1, np.int64)  # (n, most labels of a clip)
+        for i, own in enumerate(labels):
+            self.labels[i, : len(own)] = own
+        if self.labels.max() >= len(self.classes) or self.frames.min() < 1 or self.frames.max() > self.n_frames:
+            raise ValueError(
+                f"{path} names a class that classes.csv does not have, or frames that a clip does not have"
+            )
+
+    def _check_shards(self):
+        """Every file is there and as long as it should be; the place of its first row."""
+        self.starts = []
+        for s in range(len(self.stats["crc32"])):
+            path = self.root / f"fbank-{s:05d}.npy"
+            try:
+                with open(path, "rb") as f:
+                    np.lib.format.read_magic(f)
+                    shape, _, dtype = np.lib.format.read_array_header_1_0(f)
+                    self.starts.append(f.tell())
+                size = self.starts[-1] + math.prod(shape) * 2
+            except FileNotFoundError as e:
+                raise FileNotFoundError(f"{self.root} is not complete: {path.name} is missing; prepare it again") from e
+            except ValueError:
+                shape = dtype = size = None
+            if dtype != np.float16 or shape[1:] != (self.n_frames, N_MELS) or path.stat().st_size != size:
+                raise ValueError(f"{path} is damaged: remove {self.root} and prepare it again")
+        if self.rows.max() // SHARD >= s + (self.rows.max() % SHARD < shape[0]):
+            raise ValueError(f"{self.root / 'clips.csv'} names row {self.rows.max()}, which the shards do not have")
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        x, _, y = self.batch([i])
+        return x[0].float(), targets(y, len(self.classes), self.task)[0]
+
+    def batch(self, indices):
+        """Clips by index -> x (B, T, 128) float16, n (B,) own frames, labels (B, L) class indices filled up with -1."""
+        indices = np.asarray(indices)
+        n, labels = torch.from_numpy(self.frames[indices]), torch.from_numpy(self.labels[indices])
+        if self.cache is not None:
+            where = torch.from_numpy(indices)
+            if self.cache.is_cuda:
+                where = where.pin_memory().to(self.cache.device, non_blocking=True)
+            return self.cache[where], n, labels
+        x = torch.empty(len(indices), self.n_frames, N_MELS, dtype=torch.float16)
+        shards, places = np.divmod(self.rows[indices], SHARD)
+        for s in np.unique(shards):
+            file = os.open(self.root / f"fbank-{s:05d}.npy", os.O_RDONLY)
+            try:
+                for i in np.flatnonzero(shards == s):  # straight into the batch: no copy, and no GIL held meanwhile
+                    row = x[i].numpy()
+                    if os.preadv(file, [row], self.starts[s] + int(places[i]) * row.nbytes) != row.nbytes:
+                        raise ValueError(f"{self.root}/fbank-{s:05d}.npy was cut short: prepare {self.root} again")
+            finally:
+                os.close(file)
+        return x, n, labels
+
+    def keep_on(self, device):
+        """Copy the split to a device's memory, 512 clips at a time: from then on `batch` indexes it there."""
+        cache = torch.empty(len(self), self.n_frames, N_MELS, dtype=torch.float16, device=device)
+        for i in range(0, len(self), SHARD):
+            cache[i : i + SHARD] = self.batch(range(i, min(i + SHARD, len(self))))[0]
+        self.cache = cache
+
+    def weights(self):
+        """Class-balanced sampling weights (n,): sum over a clip's labels of 1 / (count + 0.01), Section 3.2 and PSLA.
+        Clips without a label count as one more class, or they would never be drawn."""
+        labels = np.where(self.labels[:, :1] + np.arange(self.labels.shape[1]) == -1, len(self.classes), self.labels)
+        share = np.append(1 / (np.bincount(labels[labels >= 0], minlength=len(self.classes) + 1) + 0.01), 0.0)
+        return share[labels].sum(1)  # -1 reads the last entry: 0
+
+
+def targets(labels, n_classes, task, smoothing=0.0):
+    """Label indices (B, L), filled with -1 -> soft targets (B, C). Smoothing e: multi-label e/C and 1 - e; single-label
+    e/C and 1 - e + e/C, which sums to 1 (UAVM; the paper smooths before mixing)."""
+    hot = torch.zeros(len(labels), n_classes + 1, device=labels.device)
+    hot = hot.scatter_(1, labels % (n_classes + 1), 1.0)[:, :-1]  # -1 falls into a column of its own
+    if not smoothing:
+        return hot
+    off = smoothing / n_classes
+    return off + hot * (1 - smoothing - (off if task == "multi-label" else 0))
+
+
+# ------------------------------------------------------------------------------------------------ the augmentations
+
+
+def mix(a, b, lam, n_a, n_b):
+    """Mixup of sounds, on their log-mel (Section 3.2): a, b (B, T, F) in nats; lam, n_a, n_b (B,) -> (B, T, F).
+
+    log-mel is the log of power, so lam * a + (1 - lam) * b of waveforms is, up to the cross term of two unrelated sounds,
+    logaddexp(a + 2 ln lam, b + 2 ln(1 - lam)). Past b's n_b frames it is silent: a + 2 ln lam; past a's n_a frames the
+    result is padding, 0. Never below Kaldi's floor. lam = 1 is no mixup in the same arithmetic.
+    """
+    t = torch.arange(a.shape[1], device=a.device).view(1, -1, 1)
+    lam, n_a, n_b = (v.view(-1, 1, 1) for v in (lam, n_a, n_b))
+    weak = (b + 2 * torch.log1p(-lam)).masked_fill(t >= n_b, -torch.inf)
+    return torch.logaddexp(a + 2 * lam.log(), weak).clamp(min=FLOOR).masked_fill(t >= n_a, 0.0)
+
+
+def draw(rng, size, n_clips, mixup=0.5, freq_mask=48, time_mask=192, n_frames=1000):
+    """Everything random about one global batch but its clips, drawn on the host: {name: (size,) array}.
+
+    partner: uniform over the n_clips training clips, with probability `mixup`; otherwise lam is 1. lam ~ Beta(10, 10).
+    f0, f1, t0, t1: masked bins [f0, f1) and frames [t0, t1), widths uniform in [0, freq_mask) and [0, time_mask).
+    shift: frames, uniform in [-10, 10]. noise: the clip's amplitude u / 10, u ~ U(0, 1).
+    """
+    below = lambda limit: np.floor(rng.random(size) * limit).astype(np.int64)
+    f, t = below(freq_mask), below(time_mask)
+    f0, t0 = below(N_MELS - f), below(n_frames - t)
+    partner = rng.integers(n_clips, size=size)
+    lam = np.where(rng.random(size) < mixup, rng.beta(10, 10, size), 1.0).astype(np.float32)
+    shift, noise = rng.integers(-10, 11, size), rng.random(size, dtype=np.float32) / 10
+    masks = {"f0": f0, "f1": f0 + f, "t0": t0, "t1": t0 + t}
+    return {"partner": partner, "lam": lam, **masks, "shift": shift, "noise": noise}
+
+
+def augment(mixed, d, noise, mean, std):
+    """The paper's augmentations after mixup, in its order, in one vectorised call on the device (Section 3.2).
+
+    mixed (B, T, F) log-mel in nats; d: tensors (B,) named as in `draw`; noise (B, T, F) uniform in [0, 1). Frequency mask,
+    time mask (both 0.0, before normalisation, as AST does), normalisation, noise, circular time shift -> (B, T, F).
+    """
+    B, T, F = mixed.shape
+    f, t = torch.arange(F, device=mixed.device), torch.arange(T, device=mixed.device)
+    d = {k: v.view(-1, 1) for k, v in d.items()}
+    masked_f = (f >= d["f0"]) & (f < d["f1"])  # (B, F)
+    masked_t = (t >= d["t0"]) & (t < d["t1"])  # (B, T)
+    x = mixed.masked_fill(masked_f[:, None, :] | masked_t[:, :, None], 0.0)
+    x = normalise(x, mean, std) + noise * d["noise"][:, :, None]
+    rolled = (t - d["shift"]) % T  # (B, T): frame t comes from t - shift
+    return x.gather(1, rolled[:, :, None].expand(B, T, F))
+
+
+def normalise(x, mean, std):
+    """(x - mean) / (2 std), Section 3.2: one convention for both families, because the teacher sees the student's tensor."""
+    return (x - mean) / (2 * std)
+
+
+def patch_grid(n_frames):
+    """(rows, columns) of an AST's patches: (12, 99) for 10 s"""
+    return (N_MELS - PATCH) // STRIDE + 1, (n_frames - PATCH) // STRIDE + 1
+
+
+def draw_patches(rng, n_frames, drop_rows, drop_columns):
+    """Patchout (PaSST): the patches (N',) that are left of an AST's grid without so many rows and columns, in order."""
+    rows, columns = (
+        np.sort(rng.permutation(n)[drop:]) for n, drop in zip(patch_grid(n_frames), (drop_rows, drop_columns))
+    )
+    return (rows[:, None] * patch_grid(n_frames)[1] + columns).ravel()
+
+
+# -------------------------------------------------------------------------------------------------------- an epoch
+
+
+def epoch_order(data, seed, epoch, balanced):
+    """Which clips an epoch shows, in order: a permutation, or as many draws with class-balanced replacement."""
+    rng = np.random.default_rng([seed, epoch])
+    if not balanced:
+        return rng.permutation(len(data))
+    share = np.cumsum(data.weights())
+    return np.searchsorted(share, rng.random(len(data)) * share[-1], side="right").clip(max=len(data) - 1)
+
+
+def steps_in_epoch(data, args):
+    return max(1, len(data) // args.batch_size)  # the last, short batch is dropped
+
+
+def prefetch(work, steps, device):
+    """Yield work(step) for each step, in order; READERS threads prepare up to AHEAD of them meanwhile."""
+    on_gpu = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+    pool, coming = concurrent.futures.ThreadPoolExecutor(READERS, **on_gpu), collections.deque()
+    try:
+        for step in steps:
+            coming.append(pool.submit(work, step))
+            if len(coming) > AHEAD:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def batches(data, args, epoch, device, first=0):
+    """Yield (x, y, mixed, keep) for the steps of an epoch from step `first` on, each this rank's share of the global batch:
+    x (b, T, F) augmented and normalised, y (b, C) soft targets, mixed (b, T, F) the mixture before masks, noise and shift,
+    keep (N',) the patches that an AST attends to, None without --patchout.
+
+    All that is random follows from (seed, epoch, step) for the global batch, so it depends neither on the number of ranks
+    nor on an interruption. torch's own stream (stochastic depth) is seeded for each step and rank.
+    """
+    order, share, C = epoch_order(data, args.seed, epoch, args.balanced), args.batch_size // world(), len(data.classes)
+    mine = slice(rank() * share, (rank() + 1) * share)
+
+    def host(step):
+        clips = order[step * args.batch_size : (step + 1) * args.batch_size]
+        rng = np.random.default_rng([args.seed, epoch, step + 1])  # NumPy pads with zeros: 0 is epoch_order's stream
+        d = draw(rng, len(clips), len(data), args.mixup, args.freq_mask, args.time_mask, data.n_frames)
+        step_seed = int(rng.integers(2**62))
+        keep = draw_patches(rng, data.n_frames, *args.patchout)
+        clips, partners, mixed = clips[mine], d.pop("partner")[mine], d["lam"][mine] < 1
+        place = np.where(mixed, len(clips) + np.cumsum(mixed) - 1, np.arange(len(clips)))  # of the partner; or itself
+        tensors = [
+            *data.batch(np.concatenate([clips, partners[mixed]])),
+            torch.from_numpy(place),
+            torch.from_numpy(keep),
+        ]
+        tensors += [torch.from_numpy(v[mine]) for v in d.values()]
+        if device.type == "cuda":
+            tensors = [t if t.is_cuda else t.pin_memory() for t in tensors]
+        return tensors, list(d), step_seed
+
+    for tensors, names, step_seed in prefetch(host, range(first, steps_in_epoch(data, args)), device):
+        x, n, labels, place, keep, *rest = (t.to(device, non_blocking=True) for t in tensors)
+        d, b, y = dict(zip(names, rest)), len(place), targets(labels, C, data.task, args.label_smoothing)
+        mixed = mix(x[:b].float(), x[place].float(), d["lam"], n[:b], n[place])
+        noise_source = torch.Generator(device).manual_seed(step_seed)
+        noise = torch.rand((args.batch_size, *mixed.shape[1:]), device=device, generator=noise_source)[mine]
+        x, lam = augment(mixed, d, noise, data.mean, data.std), d["lam"].unsqueeze(1)
+        torch.manual_seed(step_seed + rank())
+        yield x, lam * y[:b] + (1 - lam) * y[place], mixed, keep if any(args.patchout) else None
