@@ -145,10 +145,8 @@ class FbankDataset(torch.utils.data.Dataset):
             what = "is not complete (interrupted?)" if any(self.root.glob("fbank-*")) else "is not a prepared folder"
             raise FileNotFoundError(f"{self.root} {what}: run prep_data.py with --out {self.root}")
         self.stats = read_json(self.root / "stats.json")
-        if self.stats.get("version") != VERSION:
-            raise ValueError(
-                f"{self.root} has format version {self.stats.get('version')}, not {VERSION}: prepare it again"
-            )
+        if (version := self.stats.get("version")) != VERSION:
+            raise ValueError(f"{self.root} has format version {version}, not {VERSION}: prepare it again")
         for name, crc in self.stats["tables"].items():
             if (now := crc32(self.root / name)) != crc:
                 report_edit(self.root / name, now)
@@ -181,9 +179,8 @@ class FbankDataset(torch.utils.data.Dataset):
                         for column, value in zip(columns, values):
                             column.append(value)
         except (ValueError, IndexError, StopIteration) as e:
-            raise ValueError(
-                f"{path} line {lines.line_num} does not have the columns {','.join(CLIP_COLUMNS)} ({e})"
-            ) from e
+            where, columns = f"{path} line {lines.line_num}", ",".join(CLIP_COLUMNS)
+            raise ValueError(f"{where} does not have the columns {columns} ({e})") from e
         rows, ids, labels, frames, mean, var = columns
         folds, splits = sorted(folds - {""}, key=lambda k: (len(k), k)), sorted(splits - {""})
         if fold is None and not splits:
@@ -203,9 +200,7 @@ class FbankDataset(torch.utils.data.Dataset):
         for i, own in enumerate(labels):
             self.labels[i, : len(own)] = own
         if self.labels.max() >= len(self.classes) or self.frames.min() < 1 or self.frames.max() > self.n_frames:
-            raise ValueError(
-                f"{path} names a class that classes.csv does not have, or frames that a clip does not have"
-            )
+            raise ValueError(f"{path} names a class that classes.csv does not have, or frames that no clip has")
 
     def _check_shards(self):
         """Every file is there and as long as it should be; the place of its first row."""
@@ -344,10 +339,9 @@ def patch_grid(n_frames):
 
 def draw_patches(rng, n_frames, drop_rows, drop_columns):
     """Patchout (PaSST): the patches (N',) that are left of an AST's grid without so many rows and columns, in order."""
-    rows, columns = (
-        np.sort(rng.permutation(n)[drop:]) for n, drop in zip(patch_grid(n_frames), (drop_rows, drop_columns))
-    )
-    return (rows[:, None] * patch_grid(n_frames)[1] + columns).ravel()
+    n_rows, n_columns = patch_grid(n_frames)
+    rows, columns = (np.sort(rng.permutation(n)[k:]) for n, k in ((n_rows, drop_rows), (n_columns, drop_columns)))
+    return (rows[:, None] * n_columns + columns).ravel()
 
 
 # -------------------------------------------------------------------------------------------------------- an epoch
@@ -400,12 +394,8 @@ def batches(data, args, epoch, device, first=0):
         keep = draw_patches(rng, data.n_frames, *args.patchout)
         clips, partners, mixed = clips[mine], d.pop("partner")[mine], d["lam"][mine] < 1
         place = np.where(mixed, len(clips) + np.cumsum(mixed) - 1, np.arange(len(clips)))  # of the partner; or itself
-        tensors = [
-            *data.batch(np.concatenate([clips, partners[mixed]])),
-            torch.from_numpy(place),
-            torch.from_numpy(keep),
-        ]
-        tensors += [torch.from_numpy(v[mine]) for v in d.values()]
+        tensors = [*data.batch(np.concatenate([clips, partners[mixed]]))]
+        tensors += [torch.from_numpy(v) for v in (place, keep, *(v[mine] for v in d.values()))]
         if device.type == "cuda":
             tensors = [t if t.is_cuda else t.pin_memory() for t in tensors]
         return tensors, list(d), step_seed

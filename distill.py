@@ -70,9 +70,7 @@ def load_teachers(args, data, device):
         fold = meta["args"].get("fold")
         if fold != args.fold:
             mine = f"--fold {args.fold}" if args.fold is not None else "no --fold"
-            raise ValueError(
-                f"teacher {path} was trained with --fold {fold}, the student has {mine}: test clips would leak"
-            )
+            raise ValueError(f"teacher {path} has --fold {fold}, the student {mine}: test clips would leak")
         scale, offset = data.std / meta["std"], (data.mean - meta["mean"]) / (2 * meta["std"])
         if (scale, offset) != (1, 0):
             print(f"teacher {path} has another normalisation: its input is converted")
@@ -123,10 +121,8 @@ def main():
     for epoch in range(len(run.history) + 1, args.epochs + 1):
         net.train()
         began, first, decay = time.monotonic(), len(run.log), train_teacher.decay_factor(args, epoch, run.history)
-        log = torch.zeros(
-            n_steps, train_teacher.COLUMNS_OF_LOG, device=device
-        )  # of each step; nothing waits for the device
-        log[:first], names = run.log, run.names  # of an interrupted epoch
+        log = torch.zeros(n_steps, train_teacher.COLUMNS_OF_LOG, device=device)  # a row a step; stays on the device
+        log[:first] = run.log  # of an interrupted epoch
         with models.progress(n_steps * args.batch_size, f"epoch {epoch}", first * args.batch_size) as bar:
             for step, (x, y, mixed, keep) in enumerate(dataset.batches(data, args, epoch, device, first), first):
                 for group in run.optimizer.param_groups:  # linear warmup times the epoch's decay
@@ -139,20 +135,16 @@ def main():
                 loss, loss_g, loss_d = cmkd_loss(
                     logits, teacher_logits, y, data.task, args.lam, args.tau, kd_logits, args.combine, args.kl
                 )
-                terms = {
-                    "loss": loss,
-                    "loss_g": loss_g,
-                    "loss_d": loss_d,
-                }  # shown and logged: one more term is added to loss, and named here
+                terms = {"loss": loss, "loss_g": loss_g, "loss_d": loss_d}  # one more: add it to loss, name it here
                 run.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                names = train_teacher.record(log, step, terms, run.model)
+                train_teacher.record(run, log, step, terms)
                 run.optimizer.step()
                 if bar.update(args.batch_size):  # now and then
-                    bar.set_postfix(train_teacher.means(run, log[: step + 1], names), refresh=False)
+                    bar.set_postfix(train_teacher.means(run, log[: step + 1]), refresh=False)
                 if run.stop.is_set() or time.monotonic() - run.saved > train_teacher.RESUME_SECONDS:
-                    train_teacher.save_last(run, log[: step + 1], names)
-        train_teacher.finish_epoch(run, log, names, time.monotonic() - began, (n_steps - first) * args.batch_size)
+                    train_teacher.save_last(run, log[: step + 1])
+        train_teacher.finish_epoch(run, log, time.monotonic() - began, (n_steps - first) * args.batch_size)
 
 
 if __name__ == "__main__":

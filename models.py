@@ -88,10 +88,8 @@ class AST(nn.Module):
         are attended to (patchout), each at its own position."""
         if x.shape[1] != self.n_frames:
             raise ValueError(f"this AST was built for {self.n_frames} frames, its input has {x.shape[1]}")
-        x = x.transpose(1, 2).unsqueeze(1)  # (B, 1, F, T)
-        x = (
-            self.v.patch_embed.proj(x).flatten(2).transpose(1, 2) + self.v.pos_embed[:, 2:]
-        )  # (B, N, d), frequency-major
+        x = self.v.patch_embed.proj(x.transpose(1, 2).unsqueeze(1))  # of (B, 1, F, T)
+        x = x.flatten(2).transpose(1, 2) + self.v.pos_embed[:, 2:]  # (B, N, d), frequency-major
         x = x if keep is None else x[:, keep]
         prefix = [t.expand(len(x), -1, -1) for t in (self.v.cls_token, self.v.dist_token)]
         x = torch.cat([torch.cat(prefix, 1) + self.v.pos_embed[:, :2], x], 1)  # (B, 2 + N', d)
@@ -193,9 +191,7 @@ def build_model(name, n_classes, n_frames=1000, pretrained=False, kd_head=False)
     kind = family(name)
     tag = name.removeprefix("timm:") if name.startswith("timm:") else MODELS[name][1]
     if not timm.is_model(tag.split(".")[0]):
-        raise ValueError(
-            f"unknown model '{name}': this timm ({timm.__version__}) has no '{tag}'; see timm.list_models()"
-        )
+        raise ValueError(f"unknown model '{name}': timm {timm.__version__} has no '{tag}'; see timm.list_models()")
     if kind == "ast":
         model = AST(tag, n_classes, n_frames, kd_head)
     else:
@@ -259,28 +255,23 @@ def read_weights(path):
     else:
         state = torch_load(path)
     for key in ("state", "model", "state_dict"):  # ours, DeiT's own release, Lightning
-        if (
-            isinstance(state, dict)
-            and isinstance(state.get(key), dict)
-            and any(map(torch.is_tensor, state[key].values()))
-        ):
-            state = state[key]
+        inner = state.get(key) if isinstance(state, dict) else None
+        if isinstance(inner, dict) and any(map(torch.is_tensor, inner.values())):
+            state = inner
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path} is not a state dict of tensors")
     return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
 
 
-HF_NAMES = [  # Hugging Face ASTForAudioClassification, as saved and (after |) as transformers 5 holds it -> AST release
+# Hugging Face ASTForAudioClassification, as saved and (after |) as transformers 5 holds it -> AST release
+HF_NAMES = [
     (r"^audio_spectrogram_transformer\.", "v."),
     (r"^v\.embeddings\.distillation_token$", "v.dist_token"),
     (r"^v\.embeddings\.cls_token$", "v.cls_token"),
     (r"^v\.embeddings\.position_embeddings$", "v.pos_embed"),
     (r"^v\.embeddings\.patch_embeddings\.projection\.", "v.patch_embed.proj."),
     (r"^v\.(encoder\.layer|layers)\.", "v.blocks."),
-    (
-        r"\.attention\.attention\.(query|key|value)\.|\.attention\.([qkv])_proj\.",
-        lambda m: f".attn.{(m[1] or m[2])[0]}.",
-    ),
+    (r"\.attention\.attention\.(query|key|value)\.|\.attention\.([qkv])_proj\.", lambda m: f".attn.{(m[1] or m[2])[0]}."),
     (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
     (r"\.intermediate\.dense\.", ".mlp.fc1."),
     (r"(?<!attention)\.output\.dense\.", ".mlp.fc2."),
@@ -289,7 +280,7 @@ HF_NAMES = [  # Hugging Face ASTForAudioClassification, as saved and (after |) a
     (r"^v\.layernorm\.", "v.norm."),
     (r"^classifier\.layernorm\.", "mlp_head.0."),
     (r"^classifier\.dense\.", "mlp_head.1."),
-]
+]  # fmt: skip
 
 
 def from_hugging_face(state):
@@ -355,10 +346,7 @@ def from_timm_vit(state, grid):
 
 def to_ast(model, state, source):
     """A state dict of timm's ViTs, of the AST release or of Hugging Face's AST, with our AST's names and positions."""
-    changed, square = (
-        [],
-        "cls_token" in state,
-    )  # timm's ViTs, of square images; everything else has our 12 rows of patches
+    changed, square = [], "cls_token" in state  # timm's ViTs, of square images; all else has our 12 rows of patches
     if any(k.startswith("audio_spectrogram_transformer.") for k in state):
         state = from_hugging_face(state)
     elif square:
@@ -478,9 +466,7 @@ def read_checkpoint(path):
     if not isinstance(file, dict) or "format" not in file or "state" not in file:
         raise ValueError(f"{path} is no checkpoint of this project (use --pretrained to start from foreign weights)")
     if file["format"] != FORMAT:
-        raise ValueError(
-            f"{path} has format {file['format']}, this version reads {FORMAT}: use the version that wrote it"
-        )
+        raise ValueError(f"{path} has format {file['format']}, not {FORMAT}: use the version that wrote it")
     check_finite(file["state"], path)
     return file
 
@@ -499,11 +485,8 @@ def load_checkpoint(path, n_frames=None):
     model = build_model(**spec)
     try:
         if isinstance(model, AST) and spec["n_frames"] != meta["model"]["n_frames"]:
-            state["v.pos_embed"] = resize_positions(
-                state["v.pos_embed"],
-                dataset.patch_grid(meta["model"]["n_frames"]),
-                dataset.patch_grid(spec["n_frames"]),
-            )
+            old = dataset.patch_grid(meta["model"]["n_frames"])
+            state["v.pos_embed"] = resize_positions(state["v.pos_embed"], old, model.grid)
         model.load_state_dict(state)
     except RuntimeError as e:
         raise ValueError(f"{path}: its weights do not fit its own model '{meta['model']['name']}'") from e
@@ -567,9 +550,8 @@ def wrap(model, args, device, trains=True):
 def progress(total, label, initial=0, unit="clip"):
     """A progress bar on rank 0: live on a terminal, a line every half minute in a log."""
     interval = 0.5 if sys.stderr.isatty() else 30
-    return tqdm(
-        total=total, unit=unit, desc=label, initial=initial, mininterval=interval, disable=rank() > 0, leave=False
-    )
+    quiet = {"disable": rank() > 0, "leave": False}
+    return tqdm(total=total, unit=unit, desc=label, initial=initial, mininterval=interval, **quiet)
 
 
 def terminated(*_):

@@ -116,6 +116,12 @@ def mel_banks():
     return bands(banks.T)  # (256, 128)
 
 
+def usable_rate(rate):
+    """A rate that shares no useful divisor with 16000 would need a filter of gigabytes: the nearest multiple of 25 Hz."""
+    odd = rate * SAMPLE_RATE / math.gcd(rate, SAMPLE_RATE) ** 2 > 2e7
+    return max(25, round(rate / 25) * 25) if odd else rate
+
+
 @functools.cache
 def resampler(rate):
     """(samples,) at `rate` Hz -> at 16 kHz: torchaudio's Resample, its filter made once and, where it is long, without
@@ -124,8 +130,7 @@ def resampler(rate):
     A rate that shares no useful divisor with 16000 would need a filter of gigabytes, so it is taken for the nearest
     multiple of 25 Hz (0.03 % of pitch at 44.1 kHz).
     """
-    if rate * SAMPLE_RATE / math.gcd(rate, SAMPLE_RATE) ** 2 > 2e7:
-        rate = max(25, round(rate / 25) * 25)
+    rate = usable_rate(rate)
     whole = torchaudio.transforms.Resample(rate, SAMPLE_RATE)
     old, new, width = rate // whole.gcd, SAMPLE_RATE // whole.gcd, whole.width
     if new < 32:
@@ -164,26 +169,85 @@ def fbank(waveform, sample_rate=SAMPLE_RATE):
     return torch.cat(mels)
 
 
+def open_audio(path):
+    """An open soundfile.SoundFile. Raises soundfile.LibsndfileError, FileNotFoundError, ValueError for an absurd rate."""
+    if not os.path.exists(path):
+        raise FileNotFoundError("no such file")
+    f = soundfile.SoundFile(path)
+    if not 1000 <= f.samplerate <= 768000:
+        f.close()
+        raise ValueError(f"a sample rate of {f.samplerate} Hz")
+    return f
+
+
+def read_mono(f, n):
+    """The next n samples of an open file, or what is left of it: (n,) float32, channels averaged."""
+    kind = "int16" if f.subtype == "PCM_16" else "float32"  # torch converts faster, to the same bits
+    x = f.read(n, dtype=kind)
+    if kind == "float32" and not np.isfinite(x).all():
+        raise ValueError("samples that are not finite")
+    x = torch.from_numpy(x) if kind == "float32" else torch.from_numpy(x).float() / 32768
+    return x if x.ndim == 1 else x.mean(1)
+
+
 def load_audio(path, seconds):
     """The first `seconds` of an audio file as (samples,) float32 at 16 kHz: channels averaged, then resampled.
 
     Raises soundfile.LibsndfileError for what it cannot decode, FileNotFoundError, ValueError for no or non-finite samples.
     """
-    if not os.path.exists(path):
-        raise FileNotFoundError("no such file")
-    with soundfile.SoundFile(path) as f:
+    with open_audio(path) as f:
         rate = f.samplerate
-        if not 1000 <= rate <= 768000:
-            raise ValueError(f"a sample rate of {rate} Hz")
-        kind = "int16" if f.subtype == "PCM_16" else "float32"  # torch converts faster, to the same bits
-        x = f.read(math.ceil((seconds + 0.1) * rate), dtype=kind)  # with a margin for the filter
+        x = read_mono(f, math.ceil((seconds + 0.1) * rate))  # with a margin for the filter
     if not len(x):
         raise ValueError("no samples")
-    if kind == "float32" and not np.isfinite(x).all():
-        raise ValueError("samples that are not finite")
-    x = torch.from_numpy(x) if kind == "float32" else torch.from_numpy(x).float() / 32768
-    x = x if x.ndim == 1 else x.mean(1)
     return (x if rate == SAMPLE_RATE else resampler(rate)(x))[: round(seconds * SAMPLE_RATE)]
+
+
+def blocks_at_16k(path, seconds=60):
+    """Yield an audio file as blocks (samples,) float32 at 16 kHz of `seconds`: together what load_audio gives of the whole.
+
+    Each block is resampled with one second of its neighbours on either side, many times the filter's length.
+    """
+    with open_audio(path) as f:
+        rate = f.samplerate
+        second = usable_rate(rate) if rate != SAMPLE_RATE else rate  # samples that become 16000
+        before, x, first = torch.empty(0), read_mono(f, (seconds + 1) * second), True
+        while len(x):
+            coming = read_mono(f, seconds * second)
+            own = min(len(x), seconds * second) if len(coming) else len(x)
+            y = torch.cat([before, x])
+            y = y if rate == SAMPLE_RATE else resampler(rate)(y)
+            skip = 0 if first else SAMPLE_RATE
+            yield y[skip : skip + seconds * SAMPLE_RATE] if len(coming) else y[skip:]
+            before, x, first = x[own - second : own], torch.cat([x[own:], coming]), False
+
+
+def stream_audio(path, window, hop):
+    """Yield (start in s, (samples,) float32 at 16 kHz) of windows of `window` s every `hop` s, reading blockwise from disk.
+
+    Each window equals load_audio of the whole file cut there. The last one ends at the file's end and may be shorter; a
+    rest without a single new frame (25 ms) is left out. A file shorter than the window comes once, at its own length.
+    Raises what load_audio raises (in the middle of the file too), and ValueError if it is shorter than one frame.
+    """
+    n, at, left = round(window * SAMPLE_RATE), 0, torch.empty(0)  # left: samples from `offset` on
+    blocks, offset, done = blocks_at_16k(path), 0, False
+    while True:
+        start = round(at * hop * SAMPLE_RATE)
+        while not done and offset + len(left) <= start + n:  # one sample more than the window tells that it is not the last
+            block = next(blocks, None)
+            done = block is None
+            if not done:
+                keep = left[max(0, start - offset) :]
+                offset, left = offset + len(left) - len(keep), torch.cat([keep, block])
+        x = left[max(0, start - offset) : max(0, start - offset) + n]
+        if len(x) < 400:
+            if not at:
+                raise ValueError("shorter than one frame of 25 ms" if len(x) else "no samples")
+            return
+        yield start / SAMPLE_RATE, x
+        if done and start + n >= offset + len(left):
+            return
+        at += 1
 
 
 # ------------------------------------------------------------------------------------------------------------ datasets

@@ -196,16 +196,15 @@ def open_data(args):
 
 def begin(args, data, val, device, suffix="", **meta):
     """Claim the folder, build the student and its optimizer, resume from last.pt if there is one -> the run: args, data, val,
-    device, meta (what every weight file carries), model, optimizer, history (finished epochs), log (of the unfinished one),
-    saved (when), stop (set by SIGTERM)."""
+    device, meta (what every weight file carries), model, optimizer, history (finished epochs), log and names of its columns
+    (of the unfinished epoch), saved (when), stop (set by SIGTERM)."""
     settings = claim(args, data, suffix)
     meta |= {"classes": data.classes, "mean": data.mean, "std": data.std, "n_frames": data.n_frames, "task": data.task}
     meta |= {"sample_rate": data.stats["sample_rate"], "data": str(data.root.resolve()), "args": settings}
     torch.manual_seed(args.seed)
     pretrained = {"no": False, "imagenet": True}.get(args.pretrained, args.pretrained)
-    model = models.build_model(
-        args.model, len(data.classes), data.n_frames, pretrained, getattr(args, "kd_head", False)
-    ).to(device)
+    kd_head = getattr(args, "kd_head", False)
+    model = models.build_model(args.model, len(data.classes), data.n_frames, pretrained, kd_head).to(device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     run = types.SimpleNamespace(
         args=args, data=data, val=val, device=device, meta=meta, model=model, optimizer=optimizer,
@@ -265,16 +264,15 @@ def truth_loss(logits, y, task):
     return F.binary_cross_entropy_with_logits(logits, y) if task == "multi-label" else F.cross_entropy(logits, y)
 
 
-def record(log, step, terms, model):
-    """Write a step's terms and the norm of its gradient into its row of the log; -> the names of the columns."""
-    norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+def record(run, log, step, terms):
+    """Write a step's terms and the norm of its gradient into its row of the log; nothing waits for the device."""
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
     log[step, : len(terms) + 1] = torch.stack([*terms.values(), norm]).detach()
-    return [*terms, "grad_norm"]
+    run.names = [*terms, "grad_norm"]
 
 
-def means(run, log, names):
-    """The mean over an epoch's steps so far of each column of its log, by name; waits for the device.
-    ValueError names the first step whose loss or gradient was not finite, and its clips."""
+def means(run, log):
+    """{name: mean over an epoch's steps so far} of its log; waits for the device. ValueError names the first step whose loss or gradient was not finite, and its clips."""
     finite = log.isfinite().all(1)
     if not finite.all():
         args, step, epoch = run.args, int(finite.int().argmin()), len(run.history) + 1
@@ -285,44 +283,39 @@ def means(run, log, names):
             f"{run.optimizer.param_groups[0]['lr']:.2e} (clips {clips}); {args.out} keeps what was good: "
             "try a lower --lr with another --out"
         )
-    return dict(zip(names, log.mean(0).tolist()))
+    return dict(zip(run.names, log.mean(0).tolist()))
 
 
-def save_last(run, log=None, names=()):
+def save_last(run, log=None):
     """Write last.pt, from which the same command resumes, with the log of an unfinished epoch; the end of the process if
     SIGTERM asked for it."""
     if dataset.rank():
         return
     if log is not None:
-        means(run, log, names)  # raises before weights that are not finite are saved
+        means(run, log)  # raises before weights that are not finite are saved
     log = torch.zeros(0, COLUMNS_OF_LOG) if log is None else log.cpu()
     state = {"optimizer": run.optimizer.state_dict(), "history": run.history, "epoch": len(run.history)}
-    models.save_checkpoint(run.args.out / "last.pt", run.model, **run.meta, **state, log=log, names=list(names))
+    models.save_checkpoint(run.args.out / "last.pt", run.model, **run.meta, **state, log=log, names=run.names)
     run.saved = time.monotonic()
     if run.stop.is_set():
-        print(
-            f"stopped by SIGTERM; the same command resumes from {run.args.out / 'last.pt'}", file=sys.stderr, flush=True
-        )
+        last = run.args.out / "last.pt"
+        print(f"stopped by SIGTERM; the same command resumes from {last}", file=sys.stderr, flush=True)
         os._exit(143)  # other processes may be waiting for this one: torchrun ends them
 
 
-def finish_epoch(run, log, names, seconds, clips):
+def finish_epoch(run, log, seconds, clips):
     """Validate, log, and save ep-NN.pt, best.pt and last.pt, in the order in which a kill at any moment loses nothing."""
-    losses = torch.tensor(list(means(run, log, names).values()), device=run.device)
+    losses = torch.tensor(list(means(run, log).values()), device=run.device)
     if dataset.world() > 1:
         torch.distributed.all_reduce(losses)
     entry = {"epoch": len(run.history) + 1, "lr": run.optimizer.param_groups[0]["lr"]}
-    entry |= dict(zip(names, (losses / dataset.world()).tolist()))
-    entry |= {
-        "seconds": round(seconds, 2),
-        "clips_per_second": round(clips / seconds, 2),
-        "peak_gib": peak_gib(run.device),
-    }
-    args, out, best, val = run.args, run.args.out, True, ""
+    entry |= dict(zip(run.names, (losses / dataset.world()).tolist()))
+    speed = {"seconds": round(seconds, 2), "clips_per_second": round(clips / seconds, 2)}
+    entry |= speed | {"peak_gib": peak_gib(run.device)}
+    args, out, data, best, val = run.args, run.args.out, run.data, True, ""
     if run.val is not None:
-        p, y = evaluate.predict(
-            run.model, run.val, run.device, run.data.mean, run.data.std, precision=args.precision, label="validation"
-        )
+        how = {"precision": args.precision, "label": "validation"}
+        p, y = evaluate.predict(run.model, run.val, run.device, data.mean, data.std, **how)
         found = evaluate.scores(p, y, run.val.task)
         if not run.history:
             evaluate.report_absent(found["positives"], run.val)
@@ -366,8 +359,8 @@ def main():
     for epoch in range(len(run.history) + 1, args.epochs + 1):
         net.train()
         began, first, decay = time.monotonic(), len(run.log), decay_factor(args, epoch, run.history)
-        log = torch.zeros(n_steps, COLUMNS_OF_LOG, device=device)  # of each step; nothing waits for the device
-        log[:first], names = run.log, run.names  # of an interrupted epoch
+        log = torch.zeros(n_steps, COLUMNS_OF_LOG, device=device)  # a row a step; stays on the device
+        log[:first] = run.log  # of an interrupted epoch
         with models.progress(n_steps * args.batch_size, f"epoch {epoch}", first * args.batch_size) as bar:
             for step, (x, y, _, keep) in enumerate(dataset.batches(data, args, epoch, device, first), first):
                 for group in run.optimizer.param_groups:  # linear warmup times the epoch's decay
@@ -375,16 +368,16 @@ def main():
                 with models.autocast(device, args.precision):
                     logits = net(x, keep=keep)  # (b, C)
                 loss = truth_loss(logits.float(), y, data.task)
-                terms = {"loss": loss}  # shown and logged: one more term is added to loss, and named here
+                terms = {"loss": loss}  # shown and logged; one more: add it to loss, name it here
                 run.optimizer.zero_grad(set_to_none=True)
                 loss.backward()
-                names = record(log, step, terms, run.model)
+                record(run, log, step, terms)
                 run.optimizer.step()
                 if bar.update(args.batch_size):  # now and then
-                    bar.set_postfix(means(run, log[: step + 1], names), refresh=False)
+                    bar.set_postfix(means(run, log[: step + 1]), refresh=False)
                 if run.stop.is_set() or time.monotonic() - run.saved > RESUME_SECONDS:
-                    save_last(run, log[: step + 1], names)
-        finish_epoch(run, log, names, time.monotonic() - began, (n_steps - first) * args.batch_size)
+                    save_last(run, log[: step + 1])
+        finish_epoch(run, log, time.monotonic() - began, (n_steps - first) * args.batch_size)
 
 
 if __name__ == "__main__":

@@ -3,18 +3,25 @@ import importlib
 import io
 import os
 import pathlib
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
+import traceback
+import warnings
 
 import numpy as np
 import pytest
 import soundfile
+import timm
 
 os.environ["OMP_NUM_THREADS"] = "1"  # as fast at these sizes, and many times faster where something else runs
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import dataset
 import models
-import prep_data
 
 
 def pytest_configure(config):
@@ -28,7 +35,7 @@ def pytest_collection_modifyitems(config, items):
         items[:] = [item for item in items if item not in slow]
 
 
-KINDS = ("high", "low", "noise")
+# ------------------------------------------------------------------------------------------------ starting scripts
 
 
 def command(script, *args, ok=True, **options):
@@ -40,43 +47,138 @@ def command(script, *args, ok=True, **options):
         return done.stdout
     assert done.returncode != 0, done.stdout
     assert "Traceback" not in done.stderr, done.stderr
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert len(said) == 1, done.stderr
-    return said[0]
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, done.stderr
+    return errors[0]
 
 
 def inside(script, *args):
     """The same without a new process, which takes five seconds to start: -> its output, or the error it stops with."""
-    said, argv = io.StringIO(), sys.argv
+    output, argv, handler = io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
     sys.argv = [script, *map(str, args)]
     try:
-        with contextlib.redirect_stdout(said):
+        with contextlib.redirect_stdout(output):
             models.command_line(importlib.import_module(script.removesuffix(".py")).main)
     except SystemExit as stop:
         if stop.code:
-            assert stop.code.startswith("error: "), stop.code
+            assert str(stop.code).startswith("error: "), stop.code
             return stop.code
     finally:
         sys.argv = argv
-        for folder in list(prep_data.LOCKS):  # as the end of a process does
-            prep_data.unlock(folder)
-    return said.getvalue()
+        signal.signal(signal.SIGTERM, handler)
+        for folder in list(dataset.LOCKS):  # as the end of a process does
+            dataset.unlock(folder)
+    return output.getvalue()
 
 
-def write_clips(folder, counts, multi):
-    """Clips of about 1 s of three kinds of sound, and their table. Multi-label clips hold one or two kinds."""
-    rng, rows = np.random.default_rng(0), []
-    t = np.arange(16000) / 16000
+def forked(script, *args, kill_after=None, before=lambda: None, env=None, wait=True):
+    """Run a script in a forked process, which saves its imports: -> (exit code, what it wrote). Killed with all its
+    children after `kill_after` s, if it still runs. With wait=False -> (process id, file of what it writes)."""
+    main = importlib.import_module(script.removesuffix(".py")).main  # imported once, not in every child
+    descriptor, path = tempfile.mkstemp()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forking with threads: none of this process's holds a lock
+        child = os.fork()
+    if not child:
+        code = 70
+        try:
+            os.setpgid(0, 0)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+            os.environ.update(env or {})
+            sys.argv = [script, *map(str, args)]
+            if kill_after is not None:
+                threading.Timer(kill_after, os.killpg, (0, signal.SIGKILL)).start()
+            before()
+            models.command_line(main)
+            code = 0
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+            code = 1 if isinstance(stop.code, str) else stop.code or 0
+        finally:
+            if code == 70:
+                traceback.print_exc()
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    os.close(descriptor)
+    return ended(child, path) if wait else (child, path)
+
+
+def ended(child, path):
+    """Wait for a forked process: -> (exit code, what it wrote)."""
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return code, taken(path)
+
+
+def taken(path):
+    text = pathlib.Path(path).read_text(errors="replace")
+    os.unlink(path)
+    return text
+
+
+def in_ranks(script, *args, n=2, before=lambda rank: None):
+    """Run a script in n forked processes with the environment that torchrun gives them: -> [(exit code, output)] by rank.
+    When one fails, the others are killed, as torchrun does."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(n), "LOCAL_WORLD_SIZE": str(n)}
+    children = {}
+    for r in range(n):
+        rank_env = env | {"RANK": str(r), "LOCAL_RANK": str(r)}
+        child, path = forked(script, *args, env=rank_env, wait=False, before=lambda r=r: before(r))
+        children[child] = (r, path)
+    found = {}
+    while children:
+        child, status = os.waitpid(-1, 0)
+        r, path = children.pop(child)
+        found[r] = os.waitstatus_to_exitcode(status), taken(path)
+        if status:
+            for other in children:
+                os.kill(other, signal.SIGKILL)
+    return [found[r] for r in range(n)]
+
+
+# ---------------------------------------------------------------------------------------------- tiny models and clips
+
+CNN = "timm:test_efficientnet"  # 0.1 M parameters, with stochastic depth
+AST = "ast-toy"  # two blocks of width 64, where the `toy` fixture is used; ast-tiny is the smallest real one
+
+
+@timm.models.register_model
+def deit_toy_distilled(num_classes=1000, **_):
+    size = {"patch_size": 16, "embed_dim": 64, "depth": 2, "num_heads": 2}
+    return timm.models.deit.VisionTransformerDistilled(num_classes=num_classes, **size)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    """AST names a model in this process and in forked ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(models.MODELS, AST, ("ast", "deit_toy_distilled"))
+        yield
+
+
+KINDS = ("high", "low", "noise")
+
+
+def write_clips(folder, counts, multi, seconds=1):
+    """Clips of 0.56 to 1 of so many seconds of three kinds of sound, and their table. Multi-label clips hold one or two."""
+    rng, rows, longest = np.random.default_rng(0), [], round(16000 * seconds)
+    t = np.arange(longest) / 16000
     sounds = {
         "high": np.sin(2 * np.pi * 3000 * t),
         "low": np.sin(2 * np.pi * 250 * t),
-        "noise": rng.standard_normal(16000) / 3,
+        "noise": rng.standard_normal(longest) / 3,
     }
     (folder / "audio").mkdir(parents=True)
     for split, count in counts.items():
         for i in range(count):
             kinds = sorted(rng.choice(KINDS, rng.integers(1, 3) if multi else 1, replace=False))
-            n = int(rng.integers(9000, 16000))
+            n = int(rng.integers(0.5625 * longest, longest))
             x = 0.2 * sum(sounds[k][:n] for k in kinds) * rng.uniform(0.3, 1) + 0.01 * rng.standard_normal(n)
             soundfile.write(folder / "audio" / f"{split} {i}.wav", x, 16000)
             rows.append(f"audio/{split} {i}.wav,{';'.join(kinds)},{split}")
@@ -85,20 +187,54 @@ def write_clips(folder, counts, multi):
     return folder / "clips.csv"
 
 
-def prepared(tmp_path_factory, name, counts, multi):
-    folder = tmp_path_factory.mktemp(name)
-    table = write_clips(folder / "raw audio", counts, multi)
-    command("prep_data.py", "csv", "--root", table, "--out", folder / name, "--clip-seconds", 1, "--workers", 1)
-    return folder / name
+def write_prepared(folder, counts, multi, n_frames=30, source="csv", classes=KINDS, labels=None, shard=512):
+    """A prepared folder, as prep_data.py writes one: {split or fold: clips} of log-mels of up to n_frames, some shorter.
+
+    Each class is a band of mel bins of its own, the last one is noise; labels(rng) -> a clip's class indices.
+    """
+    folder.mkdir(parents=True)
+    rng, rows, mels = np.random.default_rng(len(counts)), [], []
+    draw = labels or (lambda rng: sorted(rng.choice(len(classes), rng.integers(1, 3) if multi else 1, replace=False)))
+    for split, count in counts.items():
+        for i in range(count):
+            own, n = draw(rng), int(rng.integers(n_frames * 2 // 3, n_frames + 1))
+            x = rng.normal(-10, 1, (n, 128))
+            for k in own:
+                sound = np.full((n, 128), -20.0)
+                if k == len(classes) - 1:
+                    sound[:] = rng.normal(-6, 2, sound.shape)
+                else:
+                    sound[:, 16 + 24 * k : 28 + 24 * k] = rng.normal(-2, 1)
+                x = np.logaddexp(x, sound + rng.uniform(-2, 0))
+            x = x.astype(np.float16)
+            mean, var = x.astype(np.float64).mean(), x.astype(np.float64).var()
+            place = (split, "") if not split.isdecimal() else ("", split)
+            cells = (len(rows), f"{split}-{i}", f"/nowhere/{split}-{i}.wav", *place, ";".join(map(str, own)), n)
+            rows.append((*cells, mean, var))
+            mels.append(np.pad(x, ((0, n_frames - n), (0, 0))))
+    dataset.write_csv(folder / "clips.csv", dataset.CLIP_COLUMNS, rows)
+    dataset.write_csv(
+        folder / "classes.csv", ["index", "mid", "display_name"], [(i, name, name) for i, name in enumerate(classes)]
+    )
+    for s in range(0, len(mels), shard):
+        np.save(folder / f"fbank-{s // shard:05d}.npy", np.stack(mels[s : s + shard]))
+    stats = {
+        "version": dataset.VERSION, "source": source, "task": "multi-label" if multi else "single-label",
+        "sample_rate": 16000, "n_mels": 128, "n_frames": n_frames, "shard": shard,
+        "crc32": [dataset.crc32(p) for p in sorted(folder.glob("fbank-*.npy"))],
+        "tables": {name: dataset.crc32(folder / name) for name in ("classes.csv", "clips.csv")},
+    }  # fmt: skip
+    dataset.write_json(folder / "stats.json", stats)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def multi(tmp_path_factory):
-    """A prepared multi-label folder: 48 / 12 / 14 clips of 1 s, three classes."""
-    return prepared(tmp_path_factory, "multi", {"train": 48, "val": 12, "eval": 14}, True)
+    """A prepared multi-label folder: 48 / 12 / 14 clips of 0.3 s (30 frames), three classes."""
+    return write_prepared(tmp_path_factory.mktemp("multi") / "multi", {"train": 48, "val": 12, "eval": 14}, True)
 
 
 @pytest.fixture(scope="session")
 def folds(tmp_path_factory):
-    """A prepared single-label folder with three folds of 16 clips."""
-    return prepared(tmp_path_factory, "folds", {"1": 16, "2": 16, "3": 16}, False)
+    """A prepared single-label folder with three folds of 16 clips of 0.3 s."""
+    return write_prepared(tmp_path_factory.mktemp("folds") / "folds", {"1": 16, "2": 16, "3": 16}, False)
