@@ -1,13 +1,16 @@
-"""Scores, ensembles, weight averaging and the table of results (Sections 3.2 and 4.6).
+"""What a checkpoint does: scores, ensembles, weight averaging, the table of results (Sections 3.2 and 4.6), tags, export.
 
     python evaluate.py --ckpt exp/demo/efficientnet-b0-s0/best.pt            # scores on the eval split
     python evaluate.py --ckpt exp/x/a-s0/wa.pt exp/x/a-s1/wa.pt              # an ensemble: the mean of probabilities
     python evaluate.py --average exp/fsd50k/ast-base-s0                      # wa.pt from the run's epochs
     python evaluate.py --summary exp/fsd50k                                  # the table of every run
     torchrun --nproc_per_node=8 evaluate.py --ckpt ...                       # the same, sharded
+    python evaluate.py --ckpt best.pt --audio dog.wav recordings/            # tags of files, by windows where they are long
+    python evaluate.py --ckpt best.pt --export model.onnx                    # or a folder: an AST as Hugging Face holds it
 
 A checkpoint knows its data, fold, classes and normalisation, so --ckpt alone is enough. Scores are written beside it as
-metrics-<checkpoint>-<split>.json and per_class-<checkpoint>-<split>.csv; ensembles go to exp/<name>/ensemble-<run>/.
+metrics-<checkpoint>-<split>.json, per_class-<checkpoint>-<split>.csv and .png, and confusion-<checkpoint>-<split>.png for one
+label a clip; ensembles go to exp/<name>/ensemble-<run>/. --ckpt also takes the folder of an AST as Hugging Face holds it.
 """
 
 import argparse
@@ -17,7 +20,9 @@ import os
 import pathlib
 import re
 import statistics
+import sys
 import time
+import warnings
 
 import numpy as np
 import torch
@@ -31,6 +36,7 @@ import models
 from dataset import rank, world
 
 MAIN_SCORE = {"multi-label": "mAP", "single-label": "accuracy"}  # the one that chooses and the one that tables show
+SHORTEST = 32  # frames: a CNN's map then has one column
 
 
 # ---------------------------------------------------------------------------------------------------------- scores
@@ -71,11 +77,17 @@ def scores(predictions, targets, task):
     }
 
 
+def probabilities(logits, task):
+    """logits (..., C) -> probabilities: the one place of sigmoid and softmax"""
+    return logits.sigmoid() if task == "multi-label" else logits.softmax(-1)
+
+
 @torch.no_grad()
-def predict(model, data, device, mean, std, batch_size=48, label="predict", precision=None):
+def predict(model, data, device, mean, std, batch_size=48, label="predict", precision=None, disturb=None):
     """Probabilities (N, C) float32 and targets (N, C) of a data set, in its order, on every rank.
 
-    The one place of sigmoid and softmax. Ranks take every world-th clip and gather once.
+    Ranks take every world-th clip and gather once. disturb(clips) gives the draws and
+    the noise with which dataset.augment changes these clips (Section 4.3, analyze.py).
     """
     model.eval()
     mine, found = np.arange(rank(), len(data), world()), []
@@ -88,12 +100,16 @@ def predict(model, data, device, mean, std, batch_size=48, label="predict", prec
     with models.progress(len(mine), label) as bar:
         for x in dataset.prefetch(host, range(0, len(mine), batch_size), device):
             n = len(x)
-            x = dataset.normalise(x.to(device, non_blocking=True).float(), mean, std)
+            x = x.to(device, non_blocking=True).float()
+            if disturb:
+                x = dataset.augment(x, *disturb(mine[len(found) * batch_size :][:n]), mean, std)
+            else:
+                x = dataset.normalise(x, mean, std)
             if on_gpu and n < batch_size:  # the last batch keeps the shape that was compiled
                 x = F.pad(x, (0, 0, 0, 0, 0, batch_size - n))
             with models.autocast(device, precision):
                 logits = model(x)[:n].float()
-            found.append(logits.sigmoid() if data.task == "multi-label" else logits.softmax(1))
+            found.append(probabilities(logits, data.task))
             bar.update(n)
     found = torch.cat(found) if found else torch.zeros(0, len(data.classes), device=device)
     if world() > 1:
@@ -123,6 +139,8 @@ def check_labels(what, meta, data):
 
 def open_for(meta, split, root=None):
     """The data set that a checkpoint belongs to, or another one of the same classes and task."""
+    if not (root or meta["data"]):
+        raise ValueError("these weights do not name the data that they belong to: give --data, a prepared folder")
     data = dataset.FbankDataset(root or meta["data"], split, meta["args"].get("fold"))
     check_labels("the checkpoint", meta, data)
     return data
@@ -139,7 +157,7 @@ def report_absent(positives, data):
 def score_checkpoints(paths, split, root, device):
     """Score one checkpoint, or the ensemble of several (mean of probabilities); write and print the scores."""
     total, first, start = 0, None, time.time()
-    out, name = paths[0].parent, paths[0].stem
+    out, name = (paths[0], "model") if paths[0].is_dir() else (paths[0].parent, paths[0].stem)
     if len(paths) > 1:
         runs = dict.fromkeys(re.sub(r"-s\d+$", "", p.parent.name) for p in paths)
         out = paths[0].parent.parent / ("ensemble-" + "+".join(runs))
@@ -171,12 +189,81 @@ def score_checkpoints(paths, split, root, device):
     metrics, per_class = out / f"metrics-{name}-{split}.json", out / f"per_class-{name}-{split}.csv"
     rows = zip(range(len(ap)), data.classes, positives, ap, auc)
     dataset.write_csv(per_class, ["index", "class", "positives", "AP", "AUC"], rows)
+    draw_classes(per_class.with_suffix(".png"), data.classes, ap, positives)
+    if data.task == "single-label":
+        draw_confusion(out / f"confusion-{name}-{split}.png", data.classes, y.argmax(1), total.argmax(1))
     finite = {k: v if math.isfinite(v) else None for k, v in found.items()}
     dataset.write_json(metrics, finite | facts)  # last: a stage whose metrics are there is complete
     report_absent(positives, data)
-    print("  ".join(f"{k} {100 * found[k]:.2f}" for k in ("mAP", "mAUC", "accuracy")) + f"  d' {found['d_prime']:.3f}")
-    clips = f"{len(data)} clips" if data.listed in (None, len(data)) else f"{len(data)} of {data.listed} listed clips"
+    print_scores(found, data.classes, ap, positives)
+    clips = f"{len(data):,} clips" if data.listed in (None, len(data)) else f"{len(data):,} of {data.listed:,} listed clips"
     print(f"{clips} of {data.root} ({split}) -> {metrics}, {per_class.name}")
+
+
+def short(name, length=40):
+    """A class name as it fits into a table or a figure: in one line, and cut"""
+    name = " ".join(name.split())
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def print_scores(found, classes, ap, positives):
+    """The scores in percent (d' is none), and the five best and the five worst classes by AP."""
+    values = {k: f"{100 * found[k]:.2f}" for k in ("mAP", "mAUC", "accuracy")} | {"d'": f"{found['d_prime']:.3f}"}
+    print("  ".join(f"{k:>8}" for k in values) + "\n" + "  ".join(f"{v:>8}" for v in values.values()))
+    order = sorted(np.flatnonzero(positives), key=lambda c: -ap[c])
+    for title, chosen in (("best", order[:5]), ("worst", order[5:][-5:])):
+        for c in chosen:
+            print(f"{title:>8}  {100 * ap[c]:8.2f}  {short(classes[c])} ({positives[c]} clips)")
+            title = ""
+
+
+def pyplot():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    plt.rcParams["text.parse_math"] = False  # a $ in a class name is a $
+    return plt
+
+
+def draw_classes(path, classes, ap, positives):
+    """The AP of every class that has a positive, from the best to the worst, a hundred to a column."""
+    plt, order = pyplot(), sorted(np.flatnonzero(positives), key=lambda c: -ap[c])
+    columns = max(1, math.ceil(len(order) / 100))
+    rows = math.ceil(len(order) / columns)
+    fig, axes = plt.subplots(
+        1, columns, figsize=(1 + 4.5 * columns, 1 + 0.16 * rows), squeeze=False, layout="constrained"
+    )
+    for ax, at in zip(axes[0], range(0, len(order), max(1, rows))):
+        part = order[at : at + rows]
+        ax.barh(range(len(part)), [100 * ap[c] for c in part], height=0.7)
+        ax.set_yticks(range(len(part)), [f"{short(classes[c])} ({positives[c]})" for c in part], fontsize=7)
+        ax.set(xlim=(0, 100), ylim=(rows - 0.5, -0.5), xlabel="AP (%)")
+        ax.grid(axis="x", alpha=0.3)
+    fig.suptitle(f"mean {100 * np.nanmean(ap):.1f} %, in brackets the clips of a class", fontsize=9)
+    dataset.atomic_write(path, lambda p: fig.savefig(p, dpi=130))
+    plt.close(fig)
+
+
+def draw_confusion(path, classes, true, predicted):
+    """What the clips of a class (a row, in shares of it) were taken for; where there is room, with their number."""
+    plt, C = pyplot(), len(classes)
+    counts = np.zeros((C, C), int)
+    np.add.at(counts, (true, predicted), 1)
+    size = 3 + 0.18 * C
+    fig, ax = plt.subplots(figsize=(size, size), layout="constrained")
+    ax.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
+    names = [short(name) for name in classes]
+    ax.set_xticks(range(C), names, fontsize=7, rotation=90)
+    ax.set_yticks(range(C), names, fontsize=7)
+    ax.set(xlabel="predicted", ylabel="true")
+    for i, j in np.argwhere(counts):
+        if C <= 50:
+            dark = counts[i, j] > counts[i].sum() / 2
+            ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=6, color="white" if dark else "black")
+    dataset.atomic_write(path, lambda p: fig.savefig(p, dpi=min(130, 8000 / size)))
+    plt.close(fig)
 
 
 # ------------------------------------------------------------------------------------------------ weight averaging
@@ -264,15 +351,18 @@ def average_run(run, device, keep_epochs=False):
 # --------------------------------------------------------------------------------------------------------- summary
 
 
-def mean_and_deviation(results, key):
-    """In percent: mean, and the deviation over seeds, each a whole cross-validation where there are folds; over folds where
-    there is one seed of several folds (the table's title says which)."""
-    results = [r for r in results if r[key] is not None]
-    seeds = [[100 * r[key] for r in results if r["seed"] == s] for s in sorted({r["seed"] for r in results})]
-    values = [statistics.mean(v) for v in seeds]
-    if not values:
+def mean_and_deviation(results, key, one_seed):
+    """In percent: mean, and the deviation over seeds, each a whole cross-validation where there are folds (a seed that has
+    fewer than another is left out); in a table of one seed, over its folds."""
+    by_seed = {}
+    for r in results:
+        if r.get(key) is not None:
+            by_seed.setdefault(r["seed"], []).append(100 * r[key])
+    whole = [v for v in by_seed.values() if len(v) == max(map(len, by_seed.values()))]
+    if not whole:
         return "-"
-    several = values if len(values) > 1 else seeds[0]
+    values = [statistics.mean(v) for v in whole]
+    several = whole[0] if one_seed else values
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(several):.1f}" if len(several) > 1 else "")
 
 
@@ -299,19 +389,19 @@ def summary(folder):
     names = {"best": "best", "wa": "averaged", "ensemble": "ensemble"}
     names |= {c: c for g in order for c in sorted(settings[g]) if c not in names}  # last, ep-05, ...
     names = {c: title for c, title in names.items() if any(c in settings[g] for g in order)}
-    val = ["val"] * any(r.get("val_score") for r in every)  # of the best epoch: what chooses between settings
+    folds, seeds = (sorted({r[k] for r in every} - {None}) for k in ("fold", "seed"))
+    val = ["val"] * any(r.get("val_score") is not None for r in every)  # of the best epoch: what chooses between settings
     lines = [["run", "student", "M params", "teachers", "runs", *val, *[f"{t} {main}" for t in names.values()], other]]
     for g in order:
         first = next(settings[g][c] for c in names if c in settings[g])
         one = first[0]
         line = [g, one["model"], f"{one['params'] / 1e6:.1f}", " + ".join(one["teachers"]) or "no KD", str(len(first))]
-        line += [mean_and_deviation([r | {"val_score": r.get("val_score")} for r in first], "val_score") for _ in val]
-        line += [mean_and_deviation(settings[g].get(c, []), main) for c in names]
-        lines.append([*line, mean_and_deviation(first, other)])
+        line += [mean_and_deviation(first, "val_score", len(seeds) == 1) for _ in val]
+        line += [mean_and_deviation(settings[g].get(c, []), main, len(seeds) == 1) for c in names]
+        lines.append([*line, mean_and_deviation(first, other, len(seeds) == 1)])
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = ["| " + " | ".join(v.ljust(w) for v, w in zip(line, widths)) + " |" for line in lines]
     rows.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
-    folds, seeds = (sorted({r[k] for r in every} - {None}) for k in ("fold", "seed"))
     over = "seeds" + (", each a mean over its folds" if folds else "")
     over = "folds of the one seed" if folds and len(seeds) == 1 else over
     what = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}" if folds else "eval split"
@@ -352,6 +442,245 @@ def draw_curves(folder, score):
     return folder / "summary.png"
 
 
+# ------------------------------------------------------------------------------------------------------------ tags
+
+
+def audio_files(paths):
+    """These files, and the audio files below these folders in order; ValueError for a folder without any."""
+    import prep_data
+
+    files = []
+    for path in paths:
+        below = sorted(p for p in path.rglob("*") if p.suffix.lower() in prep_data.AUDIO and p.is_file())
+        below = below if path.is_dir() else [path]
+        if not below:
+            raise ValueError(f"--audio {path}: this folder holds no audio ({' '.join(sorted(prep_data.AUDIO))})")
+        files += below
+    return files
+
+
+def open_taggers(a, device):
+    """The checkpoints of --ckpt, window and hop in s; ValueError for flags that do not fit them."""
+    loaded = [models.load_checkpoint(path) for path in a.ckpt]
+    first, lengths = loaded[0][1], [m.n_frames / 100 for m, _ in loaded if isinstance(m, models.AST)]
+    for path, (model, meta) in zip(a.ckpt, loaded):
+        model.to(device)
+        if (meta["classes"], meta["task"]) != (first["classes"], first["task"]):
+            raise ValueError(f"{path} and {a.ckpt[0]} differ in classes or task: they cannot be an ensemble")
+    window = first["n_frames"] / 100 if a.window is None else a.window
+    hop = window / 2 if a.hop is None else a.hop
+    if not 0.1 <= window <= 3600 or not 0.01 <= hop <= window:
+        raise ValueError(f"--window {window:g} --hop {hop:g}: a window lasts 0.1 to 3600 s, a hop 0.01 s to one window")
+    if lengths and window > min(lengths):
+        raise ValueError(
+            f"--window {window:g} is longer than the {min(lengths):g} s that this AST takes: use at most those"
+        )
+    if a.frames and (len(loaded) > 1 or models.family(first["model"]["name"]) != "cnn"):
+        raise ValueError("--frames needs one mean-pool CNN, whose head is linear in frames: use --json, tags by window")
+    if a.embed and len(loaded) > 1:
+        raise ValueError("--embed writes the features of one checkpoint: give one --ckpt")
+    for flag, endings in (("plot", (".png", ".pdf", ".svg")), ("embed", (".npy",))):
+        path = getattr(a, flag)
+        if path and path.suffix not in endings:
+            raise ValueError(f"--{flag} {path} must end in {' or '.join(endings)}")
+    if a.top < 1:
+        raise ValueError(f"--top {a.top} is out of range: it must be at least 1")
+    if lengths:
+        print(f"an AST takes {min(lengths):g} s: shorter clips are padded with 0.0 log-mel, as in training")
+    return loaded, window, hop
+
+
+@torch.no_grad()
+def tag_file(path, loaded, window, hop, device, bar, frames, embed):
+    """-> spans [(start, end)] in s and probabilities (W, C) of the windows, frame tags [(start, end, probabilities (C,))] that
+    follow each other, features (d,); the last two where they are wanted.
+
+    CNNs and hybrids take a window at its own length, an AST pads it to its own. Errors are those of prep_data.stream_audio.
+    """
+    import prep_data
+
+    spans, found, tags, features = [], [], [], []
+    for start, samples in prep_data.stream_audio(path, window, hop):
+        mel = prep_data.fbank(samples).half().float().to(device)  # (n, F), rounded as a prepared clip
+        end, p = start + len(samples) / dataset.SAMPLE_RATE, 0
+        for model, meta in loaded:
+            T = max(SHORTEST, round(100 * (end - start)))  # as prepared: 998 frames and 2 of 0.0 for 10 s
+            T = model.n_frames if isinstance(model, models.AST) else T
+            x = dataset.normalise(F.pad(mel, (0, 0, 0, T - len(mel)))[None], meta["mean"], meta["std"])  # (1, T, F)
+            with models.autocast(device):
+                logits = (model.frame_logits(x) if frames else model(x)[:, None]).float()  # (1, T', C)
+                features += [model.features(x)[0].float().cpu()] if embed else []
+            p = p + probabilities(logits.mean(1), meta["task"])[0].cpu().numpy() / len(loaded)
+        spans.append((start, end))
+        found.append(p)
+        step = model.backbone.feature_info[-1]["reduction"] / 100 if frames else None  # s
+        for i, q in enumerate(probabilities(logits[0], meta["task"]).cpu().numpy() if frames else []):
+            since, till = max(start + i * step, tags[-1][1] if tags else 0), min(start + (i + 1) * step, end)
+            if till - since > 0.005:  # the next window begins before this one ends
+                tags.append((since, till, q))
+        bar.update()
+    return spans, np.stack(found), tags, torch.stack(features).mean(0).numpy() if embed else None
+
+
+def tag(a, device):
+    """Print the tags of files, and write what --json, --frames, --embed and --plot ask for. A file that cannot be read is named,
+    and the others are tagged before a ValueError ends the command."""
+    try:
+        import soundfile
+
+        import prep_data  # noqa: F401
+    except ImportError as e:
+        raise ValueError(f"--audio needs soundfile and torchaudio, and {e.name} is missing: install {e.name}") from e
+    loaded, window, hop = open_taggers(a, device)
+    classes, files = loaded[0][1]["classes"], audio_files(a.audio)
+    frames = bool(a.frames or a.plot) and len(loaded) == 1 and models.family(loaded[0][1]["model"]["name"]) == "cnn"
+    best = lambda p: [{"class": classes[c], "probability": round(float(p[c]), 6)} for c in (-p).argsort()[: a.top]]
+    found, rows, features, failed = [], [], [], []
+    with models.progress(None, "tags", unit="window") as bar:
+        for n, path in enumerate(files, 1):
+            try:
+                spans, p, tags, z = tag_file(path, loaded, window, hop, device, bar, frames, a.embed)
+            except (soundfile.SoundFileError, ValueError, OSError) as e:
+                failed.append(f"{path}: {' '.join(str(e).split())}")
+                bar.write(f"skipped {failed[-1]}", file=sys.stderr)
+                continue
+            one = {"file": str(path), "seconds": round(spans[-1][1], 3), "tags": best(p.mean(0))}
+            one["windows"] = [{"start": s, "end": round(e, 3), "tags": best(q)} for (s, e), q in zip(spans, p)]
+            bar.write(as_text(one))
+            found.append(one)
+            features.append(z)
+            rows += [(path, f"{s:.2f}", f"{e:.2f}", q) for s, e, q in tags] if a.frames else []
+            if a.plot:
+                out = a.plot if len(files) == 1 else a.plot.with_stem(f"{a.plot.stem}-{n}")
+                tags = tags or [(*span, q) for span, q in zip(spans, p)]
+                draw_tags(out, path, [classes.index(t["class"]) for t in one["tags"]], classes, tags)
+    if a.json and found:
+        dataset.atomic_write(a.json, lambda p: p.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8"))
+    if a.frames and found:
+        lines = ((*row[:3], *(f"{v:.5f}" for v in row[3])) for row in rows)
+        dataset.write_csv(a.frames, ["file", "start", "end", *classes], lines)
+    if a.embed and found:
+        dataset.atomic_write(a.embed, lambda p: np.save(p, np.stack(features)))
+        names = "".join(f"{one['file']}\n" for one in found)
+        dataset.atomic_write(a.embed.with_suffix(".txt"), lambda p: p.write_text(names, encoding="utf-8"))
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(files)} files could not be tagged, the first is {failed[0]}")
+
+
+def as_text(one):
+    """A file's tags, and below them those of its windows, a line each"""
+    lines = [f"{one['file']}  {one['seconds']:.1f} s"]
+    lines += [f"    {t['probability']:.3f}  {short(t['class'])}" for t in one["tags"]]
+    for w in one["windows"] if len(one["windows"]) > 1 else []:
+        tags = ", ".join(f"{short(t['class'])} {t['probability']:.2f}" for t in w["tags"])
+        lines.append(f"    {w['start']:.1f} - {w['end']:.1f} s: {tags}")
+    return "\n".join(lines)
+
+
+def draw_tags(out, path, chosen, classes, tags):
+    """The log-mel of a file, and under it the probabilities of the chosen classes over time: tags [(start, end, (C,))]."""
+    import prep_data
+
+    plt, seconds = pyplot(), tags[-1][1]
+    every = max(1, round(seconds * 100 / 4000))  # of so many frames one is drawn
+    mel = torch.cat([prep_data.fbank(x)[::every] for _, x in prep_data.stream_audio(path, 60, 60)])
+    height = 0.6 + 0.24 * len(chosen)
+    fig, (top, low) = plt.subplots(
+        2, 1, sharex=True, layout="constrained", figsize=(9, 3 + height), height_ratios=(2.4, height)
+    )
+    top.imshow(mel.T.numpy(), origin="lower", aspect="auto", extent=(0, seconds, 0, dataset.N_MELS), cmap="magma")
+    top.set(ylabel="mel bin", title=pathlib.Path(path).name)
+    edges = [start for start, _, _ in tags] + [seconds]
+    p = np.stack([q[chosen] for *_, q in tags], 1)  # (chosen, W)
+    drawn = low.pcolormesh(edges, range(len(chosen) + 1), p, vmin=0, vmax=1, cmap="Greens")
+    low.set_yticks(np.arange(len(chosen)) + 0.5, [short(classes[c]) for c in chosen], fontsize=8)
+    low.set(xlabel="time (s)", ylim=(len(chosen), 0), xlim=(0, seconds))
+    fig.colorbar(drawn, ax=low, label="probability")
+    dataset.atomic_write(out, lambda p: fig.savefig(p, dpi=130))
+    plt.close(fig)
+
+
+# ---------------------------------------------------------------------------------------------------------- export
+
+
+@torch.no_grad()
+def export_onnx(path, model, meta):
+    """Write a model as ONNX: `log_mel` (batch, T, 128), normalised, T the checkpoint's frames -> `logits` (batch, C).
+
+    The metadata holds what is needed to use it. Logits and probabilities must equal ours in onnxruntime, or it is not written.
+    """
+    try:
+        import onnx
+        import onnxruntime
+    except ImportError as e:
+        raise ValueError(f"--export {path} needs onnx and onnxruntime: pip install onnx onnxruntime") from e
+    multi = meta["task"] == "multi-label"
+    facts = {k: str(meta[k]) for k in ("mean", "std", "sample_rate", "task", "n_frames")} | {
+        "classes": json.dumps(meta["classes"]),
+        "model": meta["model"]["name"],
+        "input": "log-mel in nats of Kaldi's fbank, 0.0 after the end of a clip, then normalised: (x - mean) / (2 std)",
+        "output": f"logits: {'sigmoid' if multi else 'softmax'} makes them probabilities",
+    }
+    x = torch.randn(3, meta["n_frames"], dataset.N_MELS) / 2  # of the spread of normalised log-mel
+    names = {"input_names": ["log_mel"], "output_names": ["logits"]}
+    names["dynamic_axes"] = {"log_mel": {0: "batch"}, "logits": {0: "batch"}}
+
+    def write(p):
+        with warnings.catch_warnings(action="ignore"):  # TorchScript's exporter is the old one, and ten times faster
+            torch.onnx.export(model, (x[:2],), p, dynamo=False, **names)
+        graph = onnx.load(p)
+        onnx.helper.set_model_props(graph, facts)
+        onnx.save(graph, p)
+        session = onnxruntime.InferenceSession(p, providers=["CPUExecutionProvider"])
+        theirs, ours = torch.from_numpy(session.run(None, {"log_mel": x.numpy()})[0]), model(x)
+        if not torch.allclose(ours, theirs, 1e-4, 1e-4):
+            error = (ours - theirs).abs().max().item()
+            raise ValueError(f"{path} was not written: onnxruntime's logits differ from PyTorch's by up to {error:.2g}")
+
+    dataset.atomic_write(path, write)
+
+
+def export_hugging_face(folder, model, meta):
+    """Write an AST as transformers.ASTForAudioClassification and its ASTFeatureExtractor read it: 0.0 log-mel after the end of a
+    clip, (x - mean) / (2 std). ValueError for what Hugging Face's AST does not have."""
+    import safetensors.torch  # comes with timm
+
+    if not isinstance(model, models.AST) or model.kd_head is not None:
+        what = "with a distillation head" if isinstance(model, models.AST) else f"but '{meta['model']['name']}'"
+        raise ValueError(f"--export {folder}: Hugging Face has AST, not one {what}: use --export model.onnx")
+    d, blocks, classes = model.v.embed_dim, model.v.blocks, meta["classes"]
+    shape = {"num_mel_bins": dataset.N_MELS, "max_length": model.n_frames}
+    config = models.AST_CONFIG | shape | {
+        "architectures": ["ASTForAudioClassification"], "model_type": "audio-spectrogram-transformer", "dtype": "float32",
+        "hidden_size": d, "num_hidden_layers": len(blocks), "num_attention_heads": blocks[0].attn.num_heads,
+        "intermediate_size": blocks[0].mlp.fc1.out_features, "layer_norm_eps": model.v.norm.eps, "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0, "id2label": {str(i): c for i, c in enumerate(classes)},
+        "label2id": {c: i for i, c in enumerate(classes)}, "fold": meta["args"].get("fold"),
+        "problem_type": meta["task"].replace("-", "_") + "_classification",
+    }  # fmt: skip
+    audio = {
+        "feature_extractor_type": "ASTFeatureExtractor",
+        "do_normalize": True,
+        "feature_size": 1,
+        "padding_value": 0.0,
+    }
+    audio |= shape | {"mean": meta["mean"], "std": meta["std"], "sampling_rate": meta["sample_rate"]}
+    state = models.to_hugging_face(models.plain_state(model))
+    dataset.atomic_write(
+        folder / "model.safetensors", lambda p: safetensors.torch.save_file(state, p, metadata={"format": "pt"})
+    )
+    dataset.write_json(folder / "preprocessor_config.json", audio | {"return_attention_mask": False})
+    dataset.write_json(folder / "config.json", config)
+
+
+def export(ckpt, out):
+    if len(ckpt) > 1:
+        raise ValueError("--export writes one checkpoint: give one --ckpt")
+    model, meta = models.load_checkpoint(ckpt[0])
+    (export_onnx if out.suffix == ".onnx" else export_hugging_face)(out, model, meta)
+    print(f"wrote {out}: {meta['model']['name']}, {len(meta['classes'])} classes, {meta['n_frames']} frames")
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = p.add_mutually_exclusive_group(required=True)
@@ -369,12 +698,36 @@ def main():
         "--data", type=pathlib.Path, help="the prepared folder, where it is not at the place the checkpoint names"
     )
     p.add_argument("--keep-epochs", action="store_true", help="with --average: do not delete ep-*.pt afterwards")
+    p.add_argument(
+        "--export", type=pathlib.Path, metavar="OUT", help="write model.onnx, or an AST's Hugging Face folder"
+    )
+    t = p.add_argument_group("tags of audio files")
+    t.add_argument("--audio", type=pathlib.Path, nargs="+", metavar="PATH", help="files, or folders of them: tag these")
+    t.add_argument("--top", type=int, default=5, help="how many tags (default: 5)")
+    t.add_argument("--window", type=float, help="seconds (default: the clip length of the checkpoint)")
+    t.add_argument("--hop", type=float, help="seconds between the starts of windows (default: half a window)")
+    t.add_argument("--json", type=pathlib.Path, metavar="OUT", help="file, seconds, tags and windows of each file")
+    t.add_argument(
+        "--plot", type=pathlib.Path, metavar="OUT", help="log-mel and tags over time; OUT-1, OUT-2, ... of several"
+    )
+    t.add_argument("--frames", type=pathlib.Path, metavar="OUT", help="CSV of a CNN's probabilities every 0.32 s")
+    t.add_argument(
+        "--embed", type=pathlib.Path, metavar="OUT", help=".npy of the features (files, d), their names in .txt"
+    )
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     a = p.parse_args()
+    outputs = [f"--{k}" for k in ("window", "hop", "json", "plot", "frames", "embed") if getattr(a, k) is not None]
+    if outputs and not a.audio or (a.audio or a.export) and not a.ckpt:
+        raise ValueError(
+            f"{' '.join(outputs) or '--audio and --export'}: give --ckpt{' and --audio' * bool(outputs)} too"
+        )
     if a.summary:
         return summary(a.summary)
     device = models.setup(a.device)
-    if a.ckpt:
+    if a.audio or a.export:
+        if rank() == 0:
+            tag(a, device) if a.audio else export(a.ckpt, a.export)
+    elif a.ckpt:
         score_checkpoints(a.ckpt, a.split, a.data, device)
     elif not (a.average / "args.json").is_file():
         raise FileNotFoundError(f"--average {a.average}: no run here (args.json is missing)")

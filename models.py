@@ -12,6 +12,7 @@ one, `model(x)` is the mean of the two. `model.features(x)` gives the representa
 """
 
 import atexit
+import itertools
 import os
 import pathlib
 import re
@@ -27,8 +28,10 @@ import timm
 import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm, resample_abs_pos_embed, resample_patch_embed
+from timm.models import DenseNet, EfficientNet
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import dataset
@@ -91,7 +94,7 @@ class AST(nn.Module):
         x = self.v.patch_embed.proj(x.transpose(1, 2).unsqueeze(1))  # of (B, 1, F, T)
         x = x.flatten(2).transpose(1, 2) + self.v.pos_embed[:, 2:]  # (B, N, d), frequency-major
         x = x if keep is None else x[:, keep]
-        prefix = [t.expand(len(x), -1, -1) for t in (self.v.cls_token, self.v.dist_token)]
+        prefix = [t.expand(x.shape[0], -1, -1) for t in (self.v.cls_token, self.v.dist_token)]
         x = torch.cat([torch.cat(prefix, 1) + self.v.pos_embed[:, :2], x], 1)  # (B, 2 + N', d)
         x = self.v.norm(self.v.blocks(x))
         return x[:, 0], x[:, 1]
@@ -126,6 +129,10 @@ class CNN(nn.Module):
 
     def features(self, x):
         return self.feature_map(x).mean((2, 3))  # (B, d)
+
+    def frame_logits(self, x):
+        """x (B, T, F) -> (B, T/32, C): the head on each column of the map; their mean is the clip's, the head being linear."""
+        return self.heads(self.feature_map(x).mean(2).transpose(1, 2), both=False)
 
     def forward(self, x, both=False, keep=None):  # keep is an AST's
         return self.heads(self.features(x), both)
@@ -240,8 +247,9 @@ def read_weights(path):
     path = pathlib.Path(path)
     if path.is_dir():
         found = [path / n for n in ("model.safetensors", "pytorch_model.bin") if (path / n).exists()]
+        found += sorted(path.glob("*.pth"))  # the original AST release's
         if not found:
-            raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin")
+            raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin nor a .pth")
         path = found[0]
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
@@ -298,6 +306,27 @@ def from_hugging_face(state):
     return out
 
 
+def to_hugging_face(state):
+    """The inverse of from_hugging_face: our AST's state dict under the names that Hugging Face saves."""
+    body, out = "audio_spectrogram_transformer", {}
+    names = {
+        "mlp_head.0.": "classifier.layernorm.", "mlp_head.1.": "classifier.dense.", "v.cls_token": f"{body}.embeddings.cls_token",
+        "v.dist_token": f"{body}.embeddings.distillation_token", "v.pos_embed": f"{body}.embeddings.position_embeddings",
+        "v.patch_embed.proj.": f"{body}.embeddings.patch_embeddings.projection.", "v.norm.": f"{body}.layernorm.",
+        "v.blocks.": f"{body}.encoder.layer.", ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after.",
+        ".attn.proj.": ".attention.output.dense.", ".mlp.fc1.": ".intermediate.dense.", ".mlp.fc2.": ".output.dense.",
+    }  # fmt: skip
+    for key, value in state.items():
+        for ours, theirs in names.items():
+            key = key.replace(ours, theirs)
+        if ".attn.qkv." in key:
+            parts = zip(("query", "key", "value"), value.chunk(3))
+            out |= {key.replace(".attn.qkv.", f".attention.attention.{p}."): v.contiguous() for p, v in parts}
+        else:
+            out[key] = value
+    return out
+
+
 def resize_positions(pos, old, new):
     """Position embeddings (1, 2 + f*t, d) of grid old = (f, t) for grid new: cut from the centre where new is smaller,
     bilinear where it is larger, frequency and time each (Section 2.2 and the AST release)."""
@@ -313,19 +342,24 @@ def resize_positions(pos, old, new):
     return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], 1)
 
 
-def from_timm_vit(state, grid):
+def from_timm_vit(state, grid, source):
     """A timm ViT's state dict as DeiT-distilled holds one (names without `v.`): -> (state, what was changed).
 
     One class token (and its position) serves both tokens; LayerScale is folded into the matrices before it; patches of another
     size than 16x16 are resampled (timm's resample_patch_embed) and their positions with them, to DeiT's `grid`.
+    ValueError for a ViT without a class token, or whose positions are not a square.
     """
     state, changed = dict(state), []
+    if not {"cls_token", "pos_embed"} <= state.keys():
+        raise ValueError(f"{source} is a ViT without a class token or learned positions: an AST cannot start from it")
     if "dist_token" not in state:
         state["dist_token"] = state["cls_token"]
         changed.append("its class token serves both")
     pos, size = state["pos_embed"].float(), state["patch_embed.proj.weight"].shape[-1]
     side = int(pos.shape[1] ** 0.5)
     n = pos.shape[1] - side**2  # positions of class tokens: DeiT-distilled has 2, others 1 or none
+    if n > 2:
+        raise ValueError(f"{source}: {pos.shape[1]} positions are not a square and at most 2 class tokens")
     prefix, positions = pos[:, [0, n - 1]] if n else torch.zeros_like(pos[:, :2]), pos[:, n:]
     if size != PATCH:
         weight = state["patch_embed.proj.weight"].float()
@@ -346,11 +380,11 @@ def from_timm_vit(state, grid):
 
 def to_ast(model, state, source):
     """A state dict of timm's ViTs, of the AST release or of Hugging Face's AST, with our AST's names and positions."""
-    changed, square = [], "cls_token" in state  # timm's ViTs, of square images; all else has our 12 rows of patches
+    changed, square = [], "patch_embed.proj.weight" in state  # timm's ViTs, of square images; all else has our 12 rows
     if any(k.startswith("audio_spectrogram_transformer.") for k in state):
         state = from_hugging_face(state)
     elif square:
-        state, changed = from_timm_vit(state, model.v.patch_embed.grid_size)
+        state, changed = from_timm_vit(state, model.v.patch_embed.grid_size, source)
         state = {f"v.{k}": v for k, v in state.items()}
     state = {k: v for k, v in state.items() if not re.match(r"v\.head(_dist)?\.", k)}  # DeiT's own, unused by AST
     pos = state.get("v.pos_embed")
@@ -464,7 +498,10 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     file = torch_load(path)
     if not isinstance(file, dict) or "format" not in file or "state" not in file:
-        raise ValueError(f"{path} is no checkpoint of this project (use --pretrained to start from foreign weights)")
+        raise ValueError(
+            f"{path} is no checkpoint of this project: foreign weights start a student with --pretrained; an AST's "
+            "can also be scored or teach, from a folder with its config.json and preprocessor_config.json beside them"
+        )
     if file["format"] != FORMAT:
         raise ValueError(f"{path} has format {file['format']}, not {FORMAT}: use the version that wrote it")
     check_finite(file["state"], path)
@@ -477,9 +514,71 @@ def check_finite(state, path):
         raise ValueError(f"{path} holds weights that are not finite ({broken[0]}): its training diverged")
 
 
+AST_CONFIG = {  # what Hugging Face's config.json may vary and our AST does not: the value that it must have
+    "patch_size": PATCH, "frequency_stride": STRIDE, "time_stride": STRIDE, "num_mel_bins": N_MELS, "qkv_bias": True,
+    "hidden_act": "gelu",
+}  # fmt: skip
+
+
+def read_folder(folder):
+    """An AST's folder as Hugging Face holds it -> (its config.json, the meta that a checkpoint of ours would have, without model).
+
+    Classes and task are those of config.json (id2label, problem_type), the normalisation that of preprocessor_config.json. Our
+    export also notes the fold. Without a problem_type, AudioSet's 527 classes are multi-label and all others single-label.
+    """
+    for name in ("config.json", "preprocessor_config.json"):
+        if not (folder / name).is_file():
+            raise FileNotFoundError(f"{folder} has no {name}, which holds an AST's labels or normalisation: add it")
+    config, audio = (dataset.read_json(folder / n) for n in ("config.json", "preprocessor_config.json"))
+    fixed = [(k, config.get(k, v), v) for k, v in AST_CONFIG.items()]
+    fixed += [("sampling_rate", audio.get("sampling_rate", dataset.SAMPLE_RATE), dataset.SAMPLE_RATE)]
+    for key, value, ours in fixed:
+        if value != ours:
+            raise ValueError(f"{folder} holds an AST with {key} {value}, and ours has {ours}: it cannot be used here")
+    try:
+        classes = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
+        mean, std = (0.0, 0.5) if audio.get("do_normalize") is False else (float(audio["mean"]), float(audio["std"]))
+    except (KeyError, TypeError, ValueError) as e:
+        raise ValueError(
+            f"{folder}: id2label of config.json, or mean and std of preprocessor_config.json lack {e}"
+        ) from e
+    kinds = {"multi_label_classification": "multi-label", "single_label_classification": "single-label"}
+    task = kinds.get(config.get("problem_type"), "multi-label" if len(classes) == 527 else "single-label")
+    meta = {"classes": classes, "task": task, "mean": mean, "std": std, "n_frames": config.get("max_length", 1024)}
+    meta |= {"sample_rate": dataset.SAMPLE_RATE, "data": None, "epoch": None}
+    return config, meta | {"args": {"fold": config.get("fold"), "seed": None, "pretrained": str(folder)}}
+
+
+def load_folder(folder, n_frames=None):
+    """load_checkpoint of an AST as Hugging Face holds it; the weights may also be the original AST release's .pth."""
+    folder = pathlib.Path(folder)
+    config, meta = read_folder(folder)
+    state, classes = read_weights(folder), meta["classes"]
+    check_finite(state, folder)
+    pos = state.get("v.pos_embed", state.get("audio_spectrogram_transformer.embeddings.position_embeddings"))
+    name = None if pos is None else {192: "ast-tiny", 384: "ast-small", 768: "ast-base"}.get(pos.shape[-1])
+    rows, columns = dataset.patch_grid(meta["n_frames"])
+    if name is None or pos.shape[1] != 2 + rows * columns:
+        raise ValueError(
+            f"{folder} holds no AST of width 192, 384 or 768 for the {meta['n_frames']} frames of its max_length"
+        )
+    meta["model"] = {"name": name, "n_classes": len(classes), "n_frames": meta["n_frames"], "kd_head": False}
+    model = build_model(**meta["model"] | ({"n_frames": n_frames} if n_frames else {}))
+    try:
+        model.load_state_dict(to_ast(model, state, folder)[0])
+    except RuntimeError as e:
+        raise ValueError(f"{folder}: its weights are not those of an {name} of {len(classes)} classes") from e
+    for m in model.modules():
+        if isinstance(m, nn.LayerNorm):
+            m.eps = config.get("layer_norm_eps", m.eps)
+    return model.eval(), meta
+
+
 def load_checkpoint(path, n_frames=None):
     """-> (model in eval mode on the CPU, meta). With `n_frames`, for clips of that many: an AST's positions are resampled.
-    Errors as read_checkpoint, and ValueError where the weights do not fit."""
+    A folder is an AST as Hugging Face holds it. Errors as read_checkpoint, and ValueError where the weights do not fit."""
+    if os.path.isdir(path):
+        return load_folder(path, n_frames)
     meta = read_checkpoint(path)
     spec, state = meta["model"] | ({"n_frames": n_frames} if n_frames else {}), meta.pop("state")
     model = build_model(**spec)
@@ -534,9 +633,24 @@ def autocast(device, precision=None):
     return torch.autocast(device.type, torch.bfloat16, enabled=(precision or PRECISION[device.type]) == "bfloat16")
 
 
+def fold_norms(model):
+    """Multiply every batch norm that directly follows a convolution into it, in place: in eval mode it is one fixed scale and
+    shift a channel. A frozen CNN then computes the same with fewer passes over memory."""
+    if not isinstance(getattr(model, "backbone", None), EfficientNet | DenseNet):
+        return  # these define their layers in the order of use; a few of timm's other CNNs do not
+    for parent in list(model.modules()):
+        for (a, conv), (b, norm) in itertools.pairwise(list(parent.named_children())):
+            if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, a, fuse_conv_bn_eval(conv, norm))
+                setattr(parent, b, norm.act)  # timm's norms hold the activation
+
+
 def wrap(model, args, device, trains=True):
     """The model as it runs: channels_last for a CNN, torch.compile on CUDA; one that trains under torchrun is in DDP, with
-    SyncBatchNorm on GPUs, which would cut a compiled graph at every norm."""
+    SyncBatchNorm on GPUs, which would cut a compiled graph at every norm. A frozen teacher (trains=False) has its batch norms
+    folded into its convolutions, in place."""
+    if not trains:
+        fold_norms(model)
     if trains and world() > 1 and device.type == "cuda":
         model = convert_sync_batchnorm(model)  # timm's: torch's would drop the activations inside timm's norms
     if not isinstance(model, AST):
@@ -562,6 +676,9 @@ def terminated(*_):
 def command_line(main):
     """Run a script's main(): an error that a user can fix is one sentence on stderr and exit code 1."""
     signal.signal(signal.SIGTERM, terminated)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # under a locale that is not UTF-8 a class name may have letters it cannot print
+            stream.reconfigure(errors="backslashreplace")
     try:
         main()
     except KeyboardInterrupt:

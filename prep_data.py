@@ -1,30 +1,25 @@
-"""Audio -> data/<name>/: a cache of log-mel spectrograms; and its reader and the augmentations (Sections 3.1 and 3.2).
+"""Audio -> data/<name>/: a cache of log-mel spectrograms and its tables (Section 3.1).
 
     python prep_data.py demo                                             # synthetic, no download, seconds
     python prep_data.py esc50                                            # downloads it; esc10: its ESC-10 part
-    python prep_data.py fsd50k                                           # downloads it, says first what disk it needs
-    python prep_data.py fsd50k --root /path/with/FSD50K.dev_audio        # or a copy that you have
+    python prep_data.py fsd50k [--root /path/with/FSD50K.dev_audio]      # downloads it, or reads a copy that you have
+    python prep_data.py audioset --root /data/AudioSet                   # its lists and audio files, or tars of them
     python prep_data.py csv --root clips.csv --out data/machines         # your own: path,labels[,split][,fold]
 
 The table of `csv` has one clip a row: `path` (absolute, or relative to the table), `labels` joined by ';', and if you
 have them `split` (train, val, eval) and `fold` (a number). Any rate, any channels; wav, flac, ogg, mp3.
-
-data/<name>/ then holds clips.csv, classes.csv, stats.json, skipped.csv and fbank-*.npy: float16 (clips, frames, 128),
-512 clips a file, zero after a clip's own frames. Interrupted, the same command goes on where it was.
+The result is what dataset.py reads, and skipped.csv. Interrupted, the same command resumes.
 """
 
 import argparse
 import collections
 import concurrent.futures
-import contextlib
 import csv
-import errno
-import fcntl
 import functools
 import hashlib
 import http.client
+import io
 import itertools
-import json
 import math
 import multiprocessing
 import os
@@ -34,12 +29,11 @@ import shutil
 import signal
 import ssl
 import sys
+import tarfile
 import threading
 import time
 import urllib.error
 import urllib.request
-import zipfile
-import zlib
 
 import numpy as np
 import soundfile
@@ -49,75 +43,59 @@ import torchaudio
 from torchaudio.compliance import kaldi
 from tqdm import tqdm
 
-SAMPLE_RATE, N_MELS, SHARD, CHUNK = 16000, 128, 512, 16
-FLOOR = math.log(torch.finfo(torch.float32).eps)  # -15.9424: Kaldi's log-mel of silence
-VERSION = 1  # of the prepared folder
-AUDIO = {
+import dataset
+from dataset import N_MELS, SAMPLE_RATE, SHARD, VERSION, atomic_write, crc32, read_json, write_csv, write_json
+
+CHUNK = 16  # clips that a worker takes at a time
+AUDIO = (
     ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".m4a", ".mp4", ".webm",
-}  # fmt: skip
-SECOND = 44100 * 2  # bytes of 44.1 kHz 16-bit mono
-DOWNLOADS = {  # facts: place, clips, top folder of its archives, {folder: (the archive that fills it, bytes unpacked)}
-    "esc50": (
-        "https://github.com/karolpiczak/ESC-50/archive/",
-        2000,
-        "ESC-50-master",
-        {"audio": (["master.zip"], 2000 * 5 * SECOND)},
-    ),
-    "fsd50k": (
-        "https://zenodo.org/records/4060432/files/",
-        51197,
-        None,
-        {
-            "FSD50K.ground_truth": (["FSD50K.ground_truth.zip"], 4_000_000),
-            "FSD50K.dev_audio": (
-                [f"FSD50K.dev_audio.{part}" for part in ("z01", "z02", "z03", "z04", "z05", "zip")],
-                round(80.4 * 3600 * SECOND),
-            ),
-            "FSD50K.eval_audio": (["FSD50K.eval_audio.z01", "FSD50K.eval_audio.zip"], round(27.9 * 3600 * SECOND)),
-        },
-    ),
-}
-MD5 = {  # of what the Zenodo record holds; GitHub makes its archive anew, so it has no stable sum
-    "FSD50K.ground_truth.zip": "ca27382c195e37d2269c4c866dd73485",
-    "FSD50K.dev_audio.z01": "faa7cf4cc076fc34a44a479a5ed862a3",
-    "FSD50K.dev_audio.z02": "8f9b66153e68571164fb1315d00bc7bc",
-    "FSD50K.dev_audio.z03": "1196ef47d267a993d30fa98af54b7159",
-    "FSD50K.dev_audio.z04": "d088ac4e11ba53daf9f7574c11cccac9",
-    "FSD50K.dev_audio.z05": "81356521aa159accd3c35de22da28c7f",
-    "FSD50K.dev_audio.zip": "c480d119b8f7a7e32fdb58f3ea4d6c5a",
-    "FSD50K.eval_audio.z01": "3090670eaeecc013ca1ff84fe4442aeb",
-    "FSD50K.eval_audio.zip": "6fa47636c3a3ad5c7dfeba99f2637982",
-}
+)  # fmt: skip
+SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "eval": "eval", "test": "eval", "": ""}
 TIMEOUT, WAITS = 60, (1, 2, 4, 8, 16)  # s: of a silent connection, and before the next attempt while nothing new comes
 NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
-SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "eval": "eval", "test": "eval", "": ""}
+DOWNLOADS = {  # facts: place, clips, top folder of the archives, GB of archives, GB while unpacking, GB of audio
+    "esc50": ("https://github.com/karolpiczak/ESC-50/archive/", 2000, "ESC-50-master", 0.6, 1.5, 0.9),
+    "fsd50k": ("https://zenodo.org/records/4060432/files/", 51197, None, 24.7, 43.9, 34.4),
+}
+ARCHIVES = {  # {data set: {archive: {ending of a part: MD5}}}; GitHub makes its archive anew
+    "esc50": {"master": {"zip": None}},
+    "fsd50k": {
+        "FSD50K.ground_truth": {"zip": "ca27382c195e37d2269c4c866dd73485"},
+        "FSD50K.dev_audio": {
+            "z01": "faa7cf4cc076fc34a44a479a5ed862a3", "z02": "8f9b66153e68571164fb1315d00bc7bc",
+            "z03": "1196ef47d267a993d30fa98af54b7159", "z04": "d088ac4e11ba53daf9f7574c11cccac9",
+            "z05": "81356521aa159accd3c35de22da28c7f", "zip": "c480d119b8f7a7e32fdb58f3ea4d6c5a",
+        },
+        "FSD50K.eval_audio": {"z01": "3090670eaeecc013ca1ff84fe4442aeb", "zip": "6fa47636c3a3ad5c7dfeba99f2637982"},
+    },
+}  # fmt: skip
+DEMO_CLASSES = [
+    "am_tone", "bell", "chirp_down", "chirp_up", "clicks", "fm_tone", "harmonic_stack", "noise_band", "noise_burst", "tone",
+]  # fmt: skip
+# path: None if listed, but not found; fold: '' if none; labels: class indices; member: in a tar, (its path, first byte, bytes)
+Clip = collections.namedtuple("Clip", "id path split fold labels member", defaults=[None])
 
 
 # ------------------------------------------------------------------------------------------------------------ features
 
 
-def bands(matrix, width=32):
-    """A mostly zero (rows, columns) matrix as [(first row, block)]: `width` columns each, the zero rows around them cut."""
-    found = []
+def sparse_product(matrix, width=32):
+    """x -> x @ matrix, for a mostly zero matrix: of each `width` columns, the zero rows above and below are left out."""
+    bands = []
     for block in matrix.split(width, 1):
         used = block.any(1).nonzero()
-        found.append((used[0].item(), block[used[0] : used[-1] + 1].contiguous()))
-    return found
-
-
-def times(x, bands):
-    """x @ matrix, of bands(matrix)."""
-    return torch.cat([x[:, row : row + len(block)] @ block for row, block in bands], 1)
+        bands.append((used[0].item(), block[used[0] : used[-1] + 1].contiguous()))
+    return lambda x: torch.cat([x[:, row : row + len(block)] @ block for row, block in bands], 1)
 
 
 @functools.cache
-def mel_banks():
-    banks, _ = kaldi.get_mel_banks(N_MELS, 512, float(SAMPLE_RATE), 20.0, 0.0, 100.0, -500.0, 1.0)
-    return bands(banks.T)  # (256, 128)
+def mel_product():
+    """power (frames, 256) -> mel power (frames, 128)"""
+    return sparse_product(kaldi.get_mel_banks(N_MELS, 512, float(SAMPLE_RATE), 20.0, 0.0, 100.0, -500.0, 1.0)[0].T)
 
 
 def usable_rate(rate):
-    """A rate that shares no useful divisor with 16000 would need a filter of gigabytes: the nearest multiple of 25 Hz."""
+    """The rate, or, where it shares no useful divisor with 16000 (a filter of gigabytes), the nearest multiple of 25 Hz."""
     odd = rate * SAMPLE_RATE / math.gcd(rate, SAMPLE_RATE) ** 2 > 2e7
     return max(25, round(rate / 25) * 25) if odd else rate
 
@@ -125,21 +103,17 @@ def usable_rate(rate):
 @functools.cache
 def resampler(rate):
     """(samples,) at `rate` Hz -> at 16 kHz: torchaudio's Resample, its filter made once and, where it is long, without
-    most of its zeros (from 44.1 kHz two times faster, to the same bits).
-
-    A rate that shares no useful divisor with 16000 would need a filter of gigabytes, so it is taken for the nearest
-    multiple of 25 Hz (0.03 % of pitch at 44.1 kHz).
-    """
+    most of its zeros (from 44.1 kHz two times faster, to the same bits)."""
     rate = usable_rate(rate)
     whole = torchaudio.transforms.Resample(rate, SAMPLE_RATE)
-    old, new, width = rate // whole.gcd, SAMPLE_RATE // whole.gcd, whole.width
+    old, new = rate // whole.gcd, SAMPLE_RATE // whole.gcd
     if new < 32:
         return whole
-    phases = bands(whole.kernel[:, 0].T)  # (old + 2 width, new): a block of old samples and what is around it -> new
+    width, phases = whole.width, sparse_product(whole.kernel[:, 0].T)  # old + 2 width samples -> new
 
     def resample(x):
         blocks = torch.nn.functional.pad(x, (width, width + old)).unfold(0, old + 2 * width, old)
-        return times(blocks, phases).flatten()[: math.ceil(new * len(x) / old)]
+        return phases(blocks).flatten()[: math.ceil(new * len(x) / old)]
 
     return resample
 
@@ -147,9 +121,9 @@ def resampler(rate):
 def fbank(waveform, sample_rate=SAMPLE_RATE):
     """Kaldi log-mel filterbank (Section 2.1): (samples,) floats in [-1, 1] -> (frames, 128), natural log (nats).
 
-    25 ms Hanning window every 10 ms, snip edges, DC removed in each frame, preemphasis 0.97, power, 20 Hz low cut. Equals
-    torchaudio.compliance.kaldi.fbank(htk_compat=True, window_type='hanning', num_mel_bins=128, dither=0) at 16 kHz, and is
-    faster because its tables are made once. Fewer than 400 samples at 16 kHz give 0 frames.
+    25 ms Hanning window every 10 ms, snip edges, DC removed in each frame, preemphasis 0.97, power, 20 Hz low cut: equals
+    torchaudio.compliance.kaldi.fbank(htk_compat=True, window_type='hanning', num_mel_bins=128, dither=0) at 16 kHz, with
+    tables that are made once. Fewer than 400 samples at 16 kHz give 0 frames.
     """
     x = torch.as_tensor(waveform, dtype=torch.float32)
     if sample_rate != SAMPLE_RATE:
@@ -165,17 +139,20 @@ def fbank(waveform, sample_rate=SAMPLE_RATE):
         sharp[:, 0] = frames[:, 0] - 0.97 * frames[:, 0]
         spectrum = torch.fft.rfft(sharp.mul_(window))[:, :256]
         power = spectrum.real.square() + spectrum.imag.square()  # (512, 256)
-        mels.append(times(power, mel_banks()).clamp_(min=torch.finfo(torch.float32).eps).log_())
+        mels.append(mel_product()(power).clamp_(min=torch.finfo(torch.float32).eps).log_())
     return torch.cat(mels)
 
 
-def open_audio(path):
-    """An open soundfile.SoundFile. Raises soundfile.LibsndfileError, FileNotFoundError, ValueError for an absurd rate."""
-    if not os.path.exists(path):
+def open_audio(path, member=None):
+    """An audio file, or a tar archive's (its path, first byte, bytes), as an open soundfile.SoundFile."""
+    if member:
+        with open(member[0], "rb") as f:
+            f.seek(member[1])
+            path = io.BytesIO(f.read(member[2]))
+    elif not os.path.exists(path):
         raise FileNotFoundError("no such file")
     f = soundfile.SoundFile(path)
     if not 1000 <= f.samplerate <= 768000:
-        f.close()
         raise ValueError(f"a sample rate of {f.samplerate} Hz")
     return f
 
@@ -190,12 +167,12 @@ def read_mono(f, n):
     return x if x.ndim == 1 else x.mean(1)
 
 
-def load_audio(path, seconds):
+def load_audio(path, seconds, member=None):
     """The first `seconds` of an audio file as (samples,) float32 at 16 kHz: channels averaged, then resampled.
 
     Raises soundfile.LibsndfileError for what it cannot decode, FileNotFoundError, ValueError for no or non-finite samples.
     """
-    with open_audio(path) as f:
+    with open_audio(path, member) as f:
         rate = f.samplerate
         x = read_mono(f, math.ceil((seconds + 0.1) * rate))  # with a margin for the filter
     if not len(x):
@@ -203,252 +180,218 @@ def load_audio(path, seconds):
     return (x if rate == SAMPLE_RATE else resampler(rate)(x))[: round(seconds * SAMPLE_RATE)]
 
 
-def blocks_at_16k(path, seconds=60):
-    """Yield an audio file as blocks (samples,) float32 at 16 kHz of `seconds`: together what load_audio gives of the whole.
-
-    Each block is resampled with one second of its neighbours on either side, many times the filter's length.
-    """
-    with open_audio(path) as f:
-        rate = f.samplerate
-        second = usable_rate(rate) if rate != SAMPLE_RATE else rate  # samples that become 16000
-        before, x, first = torch.empty(0), read_mono(f, (seconds + 1) * second), True
-        while len(x):
-            coming = read_mono(f, seconds * second)
-            own = min(len(x), seconds * second) if len(coming) else len(x)
-            y = torch.cat([before, x])
-            y = y if rate == SAMPLE_RATE else resampler(rate)(y)
-            skip = 0 if first else SAMPLE_RATE
-            yield y[skip : skip + seconds * SAMPLE_RATE] if len(coming) else y[skip:]
-            before, x, first = x[own - second : own], torch.cat([x[own:], coming]), False
-
-
 def stream_audio(path, window, hop):
-    """Yield (start in s, (samples,) float32 at 16 kHz) of windows of `window` s every `hop` s, reading blockwise from disk.
+    """Yield (start in s, (samples,) float32 at 16 kHz): `window` s of an audio file every `hop` s, read blockwise from disk.
 
-    Each window equals load_audio of the whole file cut there. The last one ends at the file's end and may be shorter; a
-    rest without a single new frame (25 ms) is left out. A file shorter than the window comes once, at its own length.
-    Raises what load_audio raises (in the middle of the file too), and ValueError if it is shorter than one frame.
+    Each window equals load_audio of the whole file cut there. The last one ends at the file's end and may be shorter; an
+    end of less than one frame (25 ms) is left out. A file shorter than the window comes once, at its own length.
+    Raises what load_audio raises, also in the middle of the file, and ValueError for a file shorter than one frame.
     """
-    n, at, left = round(window * SAMPLE_RATE), 0, torch.empty(0)  # left: samples from `offset` on
-    blocks, offset, done = blocks_at_16k(path), 0, False
-    while True:
-        start = round(at * hop * SAMPLE_RATE)
-        while not done and offset + len(left) <= start + n:  # one sample more than the window tells that it is not the last
-            block = next(blocks, None)
-            done = block is None
-            if not done:
-                keep = left[max(0, start - offset) :]
-                offset, left = offset + len(left) - len(keep), torch.cat([keep, block])
-        x = left[max(0, start - offset) : max(0, start - offset) + n]
-        if len(x) < 400:
-            if not at:
+    n, x, second = round(window * SAMPLE_RATE), torch.empty(0), 0  # x: in memory, from this second of the file on
+    with open_audio(path) as f:
+        rate = usable_rate(f.samplerate)
+        for i in itertools.count():
+            start = round(i * hop * SAMPLE_RATE)
+            done = min(max(0, start // SAMPLE_RATE - 1 - second), len(x) // rate)
+            second, x = second + done, x[done * rate :]  # for the filter a second before the window, and one after it
+            lacking = ((start + n) // SAMPLE_RATE + 2 - second) * rate - len(x)
+            x = torch.cat([x, read_mono(f, max(0, lacking))])
+            y = resampler(f.samplerate)(x) if len(x) and f.samplerate != SAMPLE_RATE else x
+            y = y[start - second * SAMPLE_RATE :]
+            if len(y) >= 400:
+                yield start / SAMPLE_RATE, y[:n]
+            elif i == 0:
                 raise ValueError("shorter than one frame of 25 ms" if len(x) else "no samples")
-            return
-        yield start / SAMPLE_RATE, x
-        if done and start + n >= offset + len(left):
-            return
-        at += 1
+            if len(y) <= n:  # the file's end
+                return
 
 
 # ------------------------------------------------------------------------------------------------------------ datasets
-# Each returns (classes [(mid, name)], clips [(id, path, split, fold, label indices)]): what is there, before any is read.
+# Each returns (classes [(mid, name)], clips [Clip]): what is there, before any is read.
 
 
-def read_table(path, columns):
-    """The rows of a CSV file with at least these columns, as dictionaries."""
+def read_rows(path, **dialect):
+    """Yield (line number, cells) of a table in UTF-8; between its cells ',' or, as Excel has it in many countries, ';'."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: is --root the right folder?")
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as f:
-            rows = csv.DictReader(f)
-            lacking = [c for c in columns if c not in (rows.fieldnames or [])]
-            if lacking:
-                raise ValueError(f"{path} has no column '{lacking[0]}': its first line must name {', '.join(columns)}")
-            whole = []
-            for row in rows:
-                if None in row or None in row.values():
-                    cells = len(rows.fieldnames)
-                    raise ValueError(f"{path} line {rows.line_num} does not have the {cells} cells of the first line")
-                whole.append(row)
-            return whole
-    except UnicodeDecodeError as e:
-        raise ValueError(f"{path} is not text in UTF-8: save it as such") from e
+    with open(path, newline="", encoding="utf-8-sig") as f:
+        try:
+            delimiter = max(",;\t", key=f.readline().count)
+            f.seek(0)
+            lines = csv.reader(f, delimiter=delimiter, **dialect)
+            yield from ((lines.line_num, row) for row in lines if any(row))
+        except (UnicodeDecodeError, csv.Error) as e:
+            raise ValueError(f"{path} is not a table in UTF-8 ({e}): save it as 'CSV UTF-8'") from e
 
 
-def whole_number(table, line, column, text):
-    if not text.strip().isdecimal():
-        raise ValueError(f"{table} line {line}: {column} '{text}' is not a whole number")
-    return int(text)
+def read_table(path, columns, numbers=()):
+    """[{column: cell, 'line': its number}] of a table that has these columns. `numbers` become integers, or stay empty."""
+    rows = read_rows(path)
+    names, table = [name.strip() for name in next(rows, (1, []))[1]], []
+    for column in columns:
+        if column not in names:
+            raise ValueError(f"{path} has no column '{column}': its first line must name {', '.join(columns)}")
+    for line, row in rows:
+        if len(row) != len(names):
+            raise ValueError(f"{path} line {line} does not have the {len(names)} cells of the first line")
+        table.append(dict(zip(names, row)) | {"line": line})
+        for column in {*numbers} & {*names}:
+            text = table[-1][column].strip()
+            if not text.isdecimal() and (text or column in columns):
+                raise ValueError(f"{path} line {line}: {column} '{text}' is not a whole number")
+            table[-1][column] = int(text) if text else ""
+    return table
 
 
 def esc(root, ten):
     """ESC-50's official layout; ESC-10 is the rows whose esc10 column is True."""
-    table = root / "meta" / "esc50.csv"
-    names, clips = {}, []
-    for n, r in enumerate(read_table(table, ["filename", "fold", "target", "category", "esc10"]), 2):
-        if not ten or r["esc10"] == "True":
-            target, fold = (whole_number(table, n, c, r[c]) for c in ("target", "fold"))
-            names[target] = r["category"]
-            clips.append((r["filename"], root / "audio" / r["filename"], "", fold, [target]))
+    columns, audio = ["filename", "fold", "target", "category", "esc10"], root / "audio"
+    rows = read_table(root / "meta" / "esc50.csv", columns, ["fold", "target"])
+    rows = [r for r in rows if not ten or r["esc10"] == "True"]
+    names = {r["target"]: r["category"] for r in rows}
     index = {target: i for i, target in enumerate(sorted(names))}
-    return [("", names[t]) for t in index], [(*c[:4], [index[c[4][0]]]) for c in clips]
+    clips = [Clip(r["filename"], str(audio / r["filename"]), "", r["fold"], [index[r["target"]]]) for r in rows]
+    return [("", names[target]) for target in index], clips
 
 
 def fsd50k(root):
     """FSD50K's official layout and its official split of the dev part into train and val."""
-    truth = root / "FSD50K.ground_truth"
-    read_table(truth / "dev.csv", ["fname", "labels", "mids", "split"])  # names what is missing before the rest is read
-    with open(truth / "vocabulary.csv", newline="") as f:
-        vocabulary = [(mid, name) for _, name, mid in csv.reader(f)]
-    index = {mid: i for i, (mid, _) in enumerate(vocabulary)}
-    clips = []
-    for part in ("dev", "eval"):
-        for n, r in enumerate(read_table(truth / f"{part}.csv", ["fname", "mids"]), 2):
-            labels = [index.get(mid) for mid in r["mids"].split(",")]
-            if None in labels:
-                raise ValueError(f"{truth / part}.csv line {n}: a class of '{r['mids']}' is not in vocabulary.csv")
-            path = root / f"FSD50K.{part}_audio" / f"{r['fname']}.wav"
-            clips.append((r["fname"], path, r.get("split", "eval"), "", sorted(labels)))
-    return vocabulary, clips
+    truth, clips = root / "FSD50K.ground_truth", []
+    tables = {part: read_table(truth / f"{part}.csv", ["fname", "labels", "mids"]) for part in ("dev", "eval")}
+    classes = [(mid, name) for _, (_, name, mid) in read_rows(truth / "vocabulary.csv")]
+    index = {mid: i for i, (mid, _) in enumerate(classes)}
+    for part, r in ((part, r) for part, rows in tables.items() for r in rows):
+        labels = [index.get(mid) for mid in r["mids"].split(",")]
+        if None in labels:
+            raise ValueError(f"{truth / part}.csv line {r['line']}: a class of '{r['mids']}' is not in vocabulary.csv")
+        path = str(root / f"FSD50K.{part}_audio" / f"{r['fname']}.wav")
+        clips.append(Clip(r["fname"], path, r.get("split", "eval"), "", sorted(labels)))
+    return classes, clips
 
 
 def audioset(root):
-    """AudioSet's official lists and class_labels_indices.csv in root, the audio anywhere below it, by id.
+    """AudioSet's official lists and class_labels_indices.csv in root, the audio anywhere below it, by id: files, or members
+    of (WebDataset) tar archives.
 
     Names of files: ID, YID, ID_30.000, ID_30000_40000, any ending. Splits train-balanced, train-unbalanced and eval: split
     'train' is both training lists. Missing videos are normal: they have no path here and a line in skipped.csv.
     """
-    classes = [
-        (r["mid"], r["display_name"]) for r in read_table(root / "class_labels_indices.csv", ["mid", "display_name"])
-    ]
-    index = {mid: i for i, (mid, _) in enumerate(classes)}
-    wanted = {}  # id -> (split, labels)
-    for split in ("train-balanced", "train-unbalanced", "eval"):
-        table = root / f"{split.removeprefix('train-')}{'_train' if split != 'eval' else ''}_segments.csv"
-        if not table.is_file():
-            if split != "train-unbalanced":
-                raise FileNotFoundError(f"{table} is missing: is --root the right folder?")
-            print(f"{table.name} is not there: preparing the balanced part only")
+    names = root / "class_labels_indices.csv"
+    classes = [(r["mid"], r["display_name"]) for r in read_table(names, ["mid", "display_name"])]
+    index, clips = {mid: i for i, (mid, _) in enumerate(classes)}, {}  # clips by id
+    lists = {"train-balanced": "balanced_train", "train-unbalanced": "unbalanced_train", "eval": "eval"}
+    for split, path in ((split, root / f"{name}_segments.csv") for split, name in lists.items()):
+        if split == "train-unbalanced" and not path.is_file():
+            print(f"{path.name} is not there: preparing the balanced part only")
             continue
-        with open(table, newline="") as f:
-            for n, r in enumerate(csv.reader(f, skipinitialspace=True), 1):
-                if r and not r[0].startswith("#"):
-                    labels = [index.get(mid) for mid in r[3].split(",")] if len(r) == 4 else [None]
-                    if None in labels:
-                        raise ValueError(
-                            f"{table} line {n}: not 'id, start, end, \"classes of class_labels_indices.csv\"'"
-                        )
-                    if r[0] in wanted:
-                        raise ValueError(f"{table} line {n}: '{r[0]}' is listed already")
-                    wanted[r[0]] = split, sorted(labels)
-    found = {}
-    for folder, _, files in os.walk(root):
-        for file in files:
-            stem, ending = os.path.splitext(file)
-            if ending.lower() in AUDIO:
-                once = re.sub(r"_[\d.]+$", "", stem)
-                names = [stem, once, re.sub(r"_[\d.]+$", "", once)]
-                name = next((k for n in names for k in (n, n.removeprefix("Y")) if k in wanted), None)
-                path = os.path.join(folder, file)
-                if name is not None and path < found.get(name, "\U0010ffff"):  # of several copies the first in order
-                    found[name] = path
-    counts = collections.Counter(split for split, _ in wanted.values())
-    have = collections.Counter(wanted[name][0] for name in found)
-    print("; ".join(f"{s}: {have[s]} of {n} listed videos are there" for s, n in counts.items()))
-    return classes, [(k, found.get(k), split, "", labels) for k, (split, labels) in wanted.items()]
+        for line, row in read_rows(path, skipinitialspace=True):
+            if not row[0].startswith("#"):
+                labels = [index.get(mid) for mid in row[3].split(",")] if len(row) == 4 else [None]
+                if None in labels:
+                    raise ValueError(f"{path} line {line}: not 'id, start, end, \"classes of {names.name}\"'")
+                if row[0] in clips:
+                    raise ValueError(f"{path} line {line}: '{row[0]}' is listed already")
+                clips[row[0]] = Clip(row[0], None, split, "", sorted(labels))
+    for path, member in audio_below(root):
+        stem = os.path.splitext(os.path.basename(path))[0]
+        stems = [stem, re.sub(r"_[\d.]+$", "", stem), re.sub(r"_[\d.]+_[\d.]+$", "", stem)]
+        clip = next((clips[k] for n in stems for k in (n, n.removeprefix("Y")) if k in clips), None)
+        if clip and (clip.path is None or path < clip.path):  # of several copies the first in order
+            clips[clip.id] = clip._replace(path=path, member=member)
+    listed, found = (collections.Counter(c.split for c in clips.values() if c.path or every) for every in (True, False))
+    print("; ".join(f"{split}: {found[split]:,} of {n:,} listed clips found" for split, n in listed.items()))
+    return classes, list(clips.values())
+
+
+def audio_below(root):
+    """Yield (path, None) of each audio file below root, (tar/name, (tar, first byte, bytes)) of each in a tar archive there.
+
+    Archives are listed from their headers. Of one that was cut short the whole files are used, and that is printed.
+    """
+    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
+    yield from ((path, None) for path in files if path.lower().endswith(AUDIO))
+    sizes = {path: os.path.getsize(path) for path in files if path.lower().endswith(".tar")}
+    total, what = sum(sizes.values()), f"listing {len(sizes)} tar files"
+    with tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not sizes) as bar:
+        for path, size in sizes.items():
+            count, before = 0, bar.n
+            try:
+                with tarfile.open(path, "r:") as tar:
+                    while info := tar.next():
+                        end = info.offset_data + info.size
+                        if end + tarfile.BLOCKSIZE > size:  # an empty block, at least, is its end
+                            raise tarfile.ReadError("unexpected end of data")
+                        if info.isreg() and info.name.lower().endswith(AUDIO):
+                            count += 1
+                            yield f"{path}/{info.name}", (path, info.offset_data, info.size)
+                        tar.members.clear()  # or it keeps them all
+                        bar.update(before + end - bar.n)
+            except tarfile.TarError as e:
+                print(f"{path} is damaged ({e}): only its first {count} audio files are used; download it again")
 
 
 def class_folders(root):
     """A folder of class-named folders, audio at any depth below them; above them may stand train, val and eval folders."""
-    tops = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
-    split_of = {p: SPLITS[p.name.lower()] for p in tops if p.name.lower() in SPLITS}
-    if split_of and len(split_of) < len(tops):
-        raise ValueError(
-            f"{root} holds folders of splits ({next(iter(split_of)).name}) beside others: sort them one way"
-        )
-    groups = [(split, p) for top, split in split_of.items() for p in sorted(top.iterdir()) if p.is_dir()] or [
-        ("", p) for p in tops
-    ]
-    names = sorted({p.name for _, p in groups})
-    index = {name: i for i, name in enumerate(names)}
+    groups = [("", p) for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    tops = [p for _, p in groups if p.name.lower() in SPLITS]
+    if 0 < len(tops) < len(groups):
+        raise ValueError(f"{root} holds folders of splits ({tops[0].name}) beside others: sort them one way")
+    if tops:
+        groups = [(SPLITS[top.name.lower()], p) for top in tops for p in sorted(top.iterdir()) if p.is_dir()]
+    index = {name: i for i, name in enumerate(sorted({p.name for _, p in groups}))}
     clips, other = [], 0
     for split, folder in groups:
-        for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            if path.suffix.lower() in AUDIO:
-                clips.append([path.relative_to(root).as_posix(), path, split, "", [index[folder.name]]])
+        for p in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+            if p.suffix.lower() in AUDIO:
+                clips.append(Clip(p.relative_to(root).as_posix(), str(p), split, "", [index[folder.name]]))
             else:
                 other += 1
-    if len(names) < 2 or not clips:
-        raise ValueError(
-            f"{root} holds no class folders with audio: expected {root}/CLASS/*.wav, or a table (--root clips.csv)"
-        )
-    print(
-        f"{root}: {len(clips)} clips in {len(names)} class folders" + (f"; {other} files are no audio" if other else "")
-    )
-    if not split_of:
-        make_split(clips, len(names), root)
-    return [("", name) for name in names], [tuple(c) for c in clips]
-
-
-def make_split(clips, n_classes, source, seed=0):
-    """Give clips without split or fold a stratified 80/10/10 split, and say so."""
-    for clip, split in zip(clips, stratify([c[4] for c in clips], n_classes, seed)):
-        clip[2] = split
-    print(
-        f"{source} has neither split nor fold: made a stratified 80/10/10 split from seed {seed} (written to clips.csv)"
-    )
+    if len(index) < 2 or not clips:
+        raise ValueError(f"{root} holds no class folders with audio: give {root}/CLASS/*.wav, or a table")
+    print(f"{root}: {len(clips)} clips in {len(index)} class folders; {other} files are no audio")
+    return [("", name) for name in index], clips if tops else make_split(clips, len(index), root)
 
 
 def own_table(table):
-    """Anybody's table: path,labels[,split][,fold]; a missing split is made, stratified 80/10/10, and said."""
-    rows = read_table(table, ["path", "labels"])
-    labels = [sorted({v.strip() for v in (r["labels"] or "").split(";") if v.strip()}) for r in rows]
-    names = sorted({v for row in labels for v in row})
-    if not names:
+    """Anybody's table: path,labels[,split][,fold]; a missing split is made, stratified 80/10/10, and printed."""
+    rows = read_table(table, ["path", "labels"], ["fold"])
+    labels = [sorted({v.strip() for v in r["labels"].split(";") if v.strip()}) for r in rows]
+    index = {name: i for i, name in enumerate(sorted({v for own in labels for v in own}))}
+    if not index:
         raise ValueError(f"{table} has no {'labels' if rows else 'rows'}")
-    index = {v: i for i, v in enumerate(names)}
-    labels = [[index[v] for v in row] for row in labels]
-    clips, seen = [], {}
-    for n, (r, own) in enumerate(zip(rows, labels), 2):
-        if r["path"] in seen:
-            raise ValueError(f"{table} line {n}: '{r['path']}' stands in line {seen[r['path']]} already")
-        seen[r["path"]] = n
-        split, fold = (r.get("split") or "").strip().lower(), (r.get("fold") or "").strip()
+    clips = []
+    for r, own in zip(rows, labels):
+        split = r.get("split", "").strip().lower()
         if split not in SPLITS:
-            raise ValueError(f"{table} line {n}: unknown split '{split}': use train, val or eval")
-        if fold and not fold.isdecimal():
-            raise ValueError(f"{table} line {n}: fold '{fold}' is not a whole number")
-        clips.append([r["path"], table.parent / r["path"], SPLITS[split], int(fold) if fold else "", own])
-    for column, i in (("split", 2), ("fold", 3)):
-        empty = [n for n, c in enumerate(clips, 2) if c[i] == ""]
+            raise ValueError(f"{table} line {r['line']}: unknown split '{split}': use train, val or eval")
+        path = str(table.parent / r["path"])
+        clips.append(Clip(r["path"], path, SPLITS[split], r.get("fold", ""), [index[v] for v in own]))
+    for column in ("split", "fold"):
+        empty = [r["line"] for r, c in zip(rows, clips) if getattr(c, column) == ""]
         if 0 < len(empty) < len(clips):
             raise ValueError(f"{table} line {empty[0]}: no {column}, though other lines have one")
-    if clips[0][2] == "" and clips[0][3] == "":
-        make_split(clips, len(names), table)
-    return [("", name) for name in names], [tuple(c) for c in clips]
+    if clips[0].split == "" and clips[0].fold == "":
+        clips = make_split(clips, len(index), table)
+    return [("", name) for name in index], clips
 
 
-def stratify(labels, n_classes, seed, shares=(("train", 0.8), ("val", 0.1), ("eval", 0.1))):
-    """Iterative stratification (Sechidis et al., 2011): rare classes first, each clip to the split that lacks it most."""
-    members = collections.defaultdict(list)
-    for i in np.random.default_rng(seed).permutation(len(labels)):
-        for c in labels[i] or [n_classes]:  # no label is a class of its own here
-            members[c].append(int(i))
-    split, room = [None] * len(labels), {name: share * len(labels) for name, share in shares}
-    want = {c: {name: share * len(m) for name, share in shares} for c, m in members.items()}
-    for c in sorted(members, key=lambda c: (len(members[c]), c)):
-        for i in members[c]:
-            if split[i] is None:
-                split[i] = max(room, key=lambda s: (want[c][s], room[s]))
-                room[split[i]] -= 1
-                for k in labels[i] or [n_classes]:
-                    want[k][split[i]] -= 1
-    return split
-
-
-DEMO_CLASSES = [
-    "am_tone", "bell", "chirp_down", "chirp_up", "clicks", "fm_tone", "harmonic_stack", "noise_band", "noise_burst", "tone",
-]  # fmt: skip
+def make_split(clips, n_classes, source, seed=0):
+    """80/10/10 by iterative stratification (Sechidis et al., 2011): rare classes first, a clip to the split that lacks it."""
+    print(f"{source} has neither split nor fold: made a stratified 80/10/10 split from seed {seed}, see clips.csv")
+    shares, members = {"train": 0.8, "val": 0.1, "eval": 0.1}, collections.defaultdict(list)
+    labels = [c.labels or [n_classes] for c in clips]  # no label is a class of its own here
+    for i in np.random.default_rng(seed).permutation(len(clips)).tolist():
+        for k in labels[i]:
+            members[k].append(i)
+    splits, lacking = [None] * len(clips), {name: share * len(clips) for name, share in shares.items()}
+    want = {k: {name: share * len(m) for name, share in shares.items()} for k, m in members.items()}
+    for k in sorted(members, key=lambda k: (len(members[k]), k)):
+        for i in (i for i in members[k] if splits[i] is None):
+            splits[i] = max(lacking, key=lambda split: (want[k][split], lacking[split]))
+            lacking[splits[i]] -= 1
+            for own in labels[i]:
+                want[own][splits[i]] -= 1
+    return [c._replace(split=split) for c, split in zip(clips, splits)]
 
 
 def demo_sound(rng, kind, n):
@@ -483,23 +426,23 @@ def demo_sound(rng, kind, n):
     return x if kind == "noise_band" else x * (np.sin(2 * np.pi * rng.uniform(2, 5) * t) > 0.3)
 
 
-def demo(root, counts=(("train", 240), ("val", 60), ("eval", 120))):
+def demo(root):
     """Write the demo's audio and its table to root: clips of 2 s, 1 to 3 of ten synthetic sounds over a noise floor."""
     (root / "audio").mkdir(parents=True, exist_ok=True)
     rows, n = [], 2 * SAMPLE_RATE
-    for s, (split, count) in enumerate(counts):
+    for s, (split, count) in enumerate((("train", 240), ("val", 60), ("eval", 120))):
         for i in range(count):
             rng = np.random.default_rng([2022, s, i])
             x = rng.standard_normal(n) * 10 ** rng.uniform(-2.8, -2.0)
-            kinds = rng.choice(len(DEMO_CLASSES), rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2]), replace=False)
-            for k in sorted(kinds):
+            kinds = sorted(rng.choice(len(DEMO_CLASSES), rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2]), replace=False))
+            for k in kinds:
                 length = int(rng.uniform(0.6, 1.8) * SAMPLE_RATE)
                 at = rng.integers(n - length)
                 fade = np.minimum(1, np.minimum(np.arange(length), np.arange(length)[::-1]) / 160)
                 x[at : at + length] += demo_sound(rng, DEMO_CLASSES[k], length) * fade * 10 ** rng.uniform(-1.1, -0.5)
             name = f"audio/{split}-{i:03d}.wav"
             soundfile.write(root / name, x / max(1, np.abs(x).max()), SAMPLE_RATE, subtype="PCM_16")
-            rows.append([name, ";".join(DEMO_CLASSES[k] for k in sorted(kinds)), split])
+            rows.append([name, ";".join(DEMO_CLASSES[k] for k in kinds), split])
     write_csv(root / "clips.csv", ["path", "labels", "split"], rows)
     return own_table(root / "clips.csv")
 
@@ -512,88 +455,58 @@ DATASETS = {  # facts: seconds kept of a clip, how to list the clips
     "audioset": (10, audioset),
     "csv": (10, lambda root: class_folders(root) if root.is_dir() else own_table(root)),
 }
-ROOTS = {  # what --root must be where nothing can be downloaded
-    "audioset": "AudioSet cannot be downloaded: a folder with balanced_train_segments.csv, unbalanced_train_segments.csv, "
-    "eval_segments.csv and class_labels_indices.csv of research.google.com/audioset, and anywhere below it the audio that "
-    "you have, named by id: ID.wav, YID.wav, ID_30.000.flac, ID_30000_40000.wav",
+NEEDED = {  # where nothing can be downloaded
     "csv": "a table, or a folder of class-named folders",
+    "audioset": "a folder with {balanced_train,unbalanced_train,eval}_segments.csv and class_labels_indices.csv, and anywhere "
+    "below it the audio (it cannot be downloaded), files or tars of files named by id: ID.wav, YID.wav, ID_30_40.flac",
 }
 
 
 # ----------------------------------------------------------------------------------------------------------- downloads
 
 
-def ask(url, method="GET", have=0):
-    """The server's reply to url, from byte `have` on. Zenodo refuses Python's own name (403), so this gives another."""
-    headers = {"User-Agent": "cmkd-prep-data/1.0"} | ({"Range": f"bytes={have}-"} if have else {})
-    return urllib.request.urlopen(urllib.request.Request(url, headers=headers, method=method), timeout=TIMEOUT)
+def download_file(url, path, md5):
+    """Download url to path through path.part, resuming it: a file named path is whole and has this MD5, if there is one.
 
-
-def size_of(path):
-    return path.stat().st_size if path.exists() else 0
-
-
-def content_length(url):
-    """The bytes that the server announces for url; 0 if it does not tell, and then the download will say why."""
-    try:
-        with ask(url, "HEAD") as reply:
-            return int(reply.headers.get("Content-Length") or 0)
-    except NETWORK:
-        return 0
-
-
-def transfer(url, part):
-    """Go on with the file `part` until all of url is in it. Raises one of NETWORK if that fails."""
-    have = size_of(part)
-    try:
-        with ask(url, have=have) as reply:
-            goes_on = reply.headers.get("Content-Range", "").startswith(f"bytes {have}-")  # else all of it comes
-            length = int(reply.headers.get("Content-Length") or 0)
-            with open(part, "ab" if goes_on else "wb") as f:
-                start, total = f.tell(), length and f.tell() + length
-                with tqdm(desc=part.stem, initial=start, total=total or None, unit="B", unit_scale=True) as bar:
+    Raises ValueError for another MD5 (the file is removed), ConnectionError if the server or the network does not give it.
+    """
+    part, failures = path.with_name(f"{path.name}.part"), 0
+    while not path.exists():
+        part.touch()
+        have = part.stat().st_size
+        headers = {"Range": f"bytes={have}-", "User-Agent": "cmkd-prep-data"}  # Zenodo denies Python's own name
+        try:
+            reply = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
+            with reply, open(part, "ab" if reply.status == 206 else "wb") as f:  # 200: all of it comes
+                start, total = f.tell(), f.tell() + int(reply.headers.get("Content-Length") or 0)
+                with tqdm(desc=path.name, initial=start, total=total or None, unit="B", unit_scale=True) as bar:
                     while block := reply.read(1 << 16):
                         bar.update(f.write(block))
                 if f.tell() < total:
                     raise ConnectionError(f"cut after {f.tell()} of {total} bytes")
-    except urllib.error.HTTPError as e:
-        if e.code != 416:  # 416: nothing is left to send
-            raise
-
-
-def fetch(url, path):
-    """Download url to path through path.part, going on with what is there: a file named path is whole and verified.
-
-    Raises ValueError for another MD5 (the file is removed), ConnectionError if the server or the network does not give it.
-    """
-    part, md5 = path.with_name(f"{path.name}.part"), MD5.get(path.name)
-    best, failures = size_of(part), 0
-    while not path.exists():
-        try:
-            transfer(url, part)
-            with open(part, "rb") as f:
-                found = hashlib.file_digest(f, "md5").hexdigest() if md5 else zipfile.is_zipfile(f)
-            if found == (md5 or True):
-                return os.replace(part, path)
-            part.unlink()
-            if not md5:
-                raise ConnectionError("what came is no whole zip archive")
-            way_out = "run the same command again, or, if that does not help, give --root a copy of the data"
-            raise ValueError(f"{url} came with MD5 {found}, not {md5}, and was removed: {way_out}")
         except NETWORK as e:
-            reason = str(e) or type(e).__name__
-            best, failures = (size_of(part), 0) if size_of(part) > best else (best, failures)
-            refused = isinstance(e, urllib.error.HTTPError) and e.code < 500 and e.code != 429
-            if refused or failures == len(WAITS):
-                way_out = "run the same command again, it goes on where it was, or give --root a copy of the data"
-                raise ConnectionError(f"{url} cannot be fetched ({reason}): {way_out}") from e
-            print(f"{path.name}: {reason}; trying again in {WAITS[failures]} s")
-            time.sleep(WAITS[failures])
-            failures += 1
+            code, reason = getattr(e, "code", 500), str(e) or type(e).__name__
+            failures = 0 if part.stat().st_size > have else failures
+            if code != 416 and (code < 500 and code != 429 or failures == len(WAITS)):
+                way_out = "the same command resumes the download, or give --root a copy of the data"
+                raise ConnectionError(f"{url} could not be downloaded ({reason}): {way_out}") from e
+            if code != 416:  # 416: nothing is left to send
+                print(f"{path.name}: {reason}; trying again in {WAITS[failures]} s")
+                time.sleep(WAITS[failures])
+                failures += 1
+                continue
+        with open(part, "rb") as f:
+            found = hashlib.file_digest(f, "md5").hexdigest()
+        if md5 not in (None, found):
+            part.unlink()
+            raise ValueError(f"{url} came with MD5 {found}, not {md5}, and was removed: run the same command again")
+        os.replace(part, path)
 
 
-def members(parts):
-    """(name, blocks of bytes) of each member of a zip archive, its CRC checked; a split archive is z01, z02, ..., zip."""
+def unpack(parts, root, top):
+    """Unpack a zip archive (a split one is z01, z02, ..., zip) below root without its folder `top`: each file is whole or
+    absent, a link is a plain file. ValueError for a damaged archive, or for a member that would leave root."""
+    temporary = root / ".unpacking"
 
     def joined():
         for path in parts:
@@ -602,23 +515,10 @@ def members(parts):
                     f.seek(0)
                 yield from iter(lambda: f.read(1 << 20), b"")
 
-    if len(parts) > 1:
-        for name, _, blocks in stream_unzip.stream_unzip(joined()):
-            yield name.decode("utf-8", "replace"), blocks
-        return
-    with zipfile.ZipFile(parts[0]) as archive:
-        for info in archive.infolist():
-            with archive.open(info) as f:
-                yield info.filename, iter(lambda: f.read(1 << 20), b"")
-
-
-def unpack(parts, root, top, size):
-    """Unpack a zip archive below root without its folder `top`, about `size` bytes: each file is whole or absent, a link
-    is a plain file. ValueError for a damaged archive, or for a member that would leave root."""
-    temporary = root / ".unpacking"
     try:
-        with tqdm(desc=f"unpacking {parts[-1].name}", total=size, unit="B", unit_scale=True) as bar:
-            for name, blocks in members(parts):
+        with tqdm(desc=f"unpacking {parts[-1].name}", unit="B", unit_scale=True) as bar:
+            for name, _, blocks in stream_unzip.stream_unzip(joined()):  # which zipfile cannot where it is split
+                name = name.decode("utf-8", "replace")
                 steps = name.replace("\\", "/").split("/")
                 if not steps[0] or any(step == ".." or ":" in step for step in steps):
                     raise ValueError(f"{parts[-1]} holds '{name}', which would leave {root}: do not trust this archive")
@@ -629,157 +529,67 @@ def unpack(parts, root, top, size):
                     target = root.joinpath(*steps[steps[0] == top :])
                     target.parent.mkdir(parents=True, exist_ok=True)
                     os.replace(temporary, target)
-    except (stream_unzip.UnzipError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError) as e:
+    except stream_unzip.UnzipError as e:
         reason = str(e) or type(e).__name__
         raise ValueError(f"{parts[-1]} is damaged ({reason}): remove all its parts, run the same command again") from e
     temporary.unlink(missing_ok=True)
 
 
-def check_disk(source, root, todo, seconds):
-    """Print what the archives in `todo` and the prepared clips need of the disk; OSError if it has less."""
-    url, n_clips = DOWNLOADS[source][:2]
-    need = held = coming = 0
-    for folder, (parts, size) in todo.items():
-        here = archive = 0
-        for path in (root / name for name in parts):
-            whole, half = size_of(path), size_of(path.with_name(f"{path.name}.part"))
-            here += whole or half
-            archive += whole or max(half, content_length(url + path.name) or size // len(parts))
-        unpacked = sum(p.stat().st_size for p in (root / folder).rglob("*") if p.is_file())
-        coming += archive - here
-        held += archive - here + max(0, size - unpacked)
-        need = max(need, held)
-        held -= archive  # removed before the next comes
-    need = max(need, held + n_clips * round(seconds * 100) * N_MELS * 2)
-    free = shutil.disk_usage(root).free
-    has = f"{need / 1e9:.1f} GB of free disk in {root}, which has {free / 1e9:.1f} GB"
-    print(f"{source}: {coming / 1e9:.1f} GB to fetch from {url}; unpacked and prepared it needs {has}")
-    if need > free:
-        raise OSError(f"{source} needs {has}: free some, or give --out on a larger disk")
-
-
 def download(source, root, seconds):
-    """Fetch a data set from its official place, unpack it into root and remove the archives; what is done is kept.
+    """Download a data set from its official place, unpack it into root and remove the archives; what is done is kept.
 
-    NAME.part is a part of an archive, NAME a whole and verified one; FOLDER.unpacked says that its archive is done.
-    Raises OSError if disk, network or server do not allow it, ValueError if what came is not what it should be.
+    NAME.part is a part of an archive, NAME a whole and verified one; ARCHIVE.unpacked marks that it is done.
     """
-    url, n_clips, top, archives = DOWNLOADS[source]
+    url, n_clips, top, gb, gb_unpacking, gb_audio = DOWNLOADS[source]
     root.mkdir(parents=True, exist_ok=True)
-    done = {folder: root / f"{folder}.unpacked" for folder in archives}
-    todo = {folder: archive for folder, archive in archives.items() if not done[folder].exists()}
-    if todo:
-        check_disk(source, root, todo, seconds)
-    with room(root):
-        for folder, (parts, size) in archives.items():
-            paths = [root / name for name in parts]
-            if folder in todo:
-                for path in paths:
-                    fetch(url + path.name, path)
-                unpack(paths, root, top, size)
-                os.sync()
-                replace(done[folder], lambda f: f.write("unpacked, its archive removed\n"))
-                print(f"{root / folder} is unpacked, its archive is removed")
-            for path in paths:
-                path.unlink(missing_ok=True)
-    _, clips = DATASETS[source][1](root)
-    absent = [c[1] for c in clips if not c[1].is_file()]
-    if absent or len(clips) != n_clips:
-        what = f"{absent[0]} is missing" if absent else f"its tables name {len(clips)} clips, not {n_clips}"
-        raise ValueError(f"{root} is not all of {source} ({what}): remove it, and run the same command again")
+    if not any(root.iterdir()):
+        free, prepared = shutil.disk_usage(root).free / 1e9, n_clips * seconds * 100 * N_MELS * 2 / 1e9
+        need = f"{max(gb_unpacking, gb_audio + prepared):.1f} GB of disk in {root}, which has {free:.1f} GB free"
+        print(f"{source}: {gb} GB to download from {url}; unpacked and prepared it needs {need}")
+        if free < max(gb_unpacking, gb_audio + prepared):
+            raise OSError(f"{source} needs {need}: free some, or give --out on a larger disk")
+    for archive, sums in ARCHIVES[source].items():
+        parts, mark = [root / f"{archive}.{ending}" for ending in sums], root / f"{archive}.unpacked"
+        if not mark.exists():
+            for part, md5 in zip(parts, sums.values()):
+                download_file(url + part.name, part, md5)
+            unpack(parts, root, top)
+            os.sync()
+            mark.touch()
+            print(f"{archive} is unpacked into {root}, the archive is removed")
+        for part in parts:
+            part.unlink(missing_ok=True)
     return root
 
 
-# ------------------------------------------------------------------------------------------------------- preparation
+# --------------------------------------------------------------------------------------------------------- preparation
 
 
-@contextlib.contextmanager
-def room(folder):
-    """Names the disk if there is no room on it."""
-    try:
-        yield
-    except OSError as e:
-        if e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise OSError(f"the disk of {folder} is full: free some, the same command goes on where it was") from e
-        raise
+def check_clips(source, clips, task):
+    """The task of a list of clips, given or found; ValueError for a list that cannot be trained on and scored."""
+    if not clips:
+        raise ValueError(f"{source}: no clips, the tables are empty or no audio was found")
+    ids = collections.Counter(c.id for c in clips)
+    if len(ids) < len(clips):
+        raise ValueError(f"{source}: clip '{max(ids, key=ids.get)}' is listed {max(ids.values())} times")
+    if odd := next((c.path for c in clips if re.search("[\ud800-\udfff]", c.path)), None):
+        raise ValueError(f"the file name {odd!r} is not UTF-8: rename it")
+    many = next((c for c in clips if len(c.labels) != 1), None)
+    if task == "single-label" and many:
+        raise ValueError(f"--task single-label, but clip '{many.id}' has {len(many.labels)} labels")
+    splits, folds = {c.split.split("-")[0] for c in clips}, {c.fold for c in clips}
+    if "" not in splits and (lacking := {"train", "eval"} - splits):
+        raise ValueError(f"no clip has split '{max(lacking)}': training and scoring need both")
+    if "" not in folds and len(folds) < 2:
+        raise ValueError(f"all clips are in fold {clips[0].fold}: two or more folds are needed")
+    return task or ("multi-label" if many else "single-label")
 
 
-def replace(path, write):
-    """Call write(open text file) and put the result in place: `path` is whole or absent."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with room(path.parent), open(temporary, "w", newline="", encoding="utf-8") as f:
-        write(f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
-
-
-def write_csv(path, header, rows):
-    replace(path, lambda f: csv.writer(f, lineterminator="\n").writerows(itertools.chain([header], rows)))
-
-
-def checksum(content):
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def write_json(path, content):
-    """A dictionary and its checksum, in place atomically; read_json verifies it."""
-    replace(path, lambda f: json.dump(content | {"checksum": checksum(content)}, f, indent=1))
-
-
-def read_json(path, version=None):
-    """What write_json wrote; ValueError if it is of another version, or a byte of it has changed since."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        known = content.pop("checksum", None)
-    except (ValueError, AttributeError, TypeError):
-        content = known = None
-    if version is not None and content is not None and content.get("version") != version:
-        raise ValueError(
-            f"{path.parent} is of version {content.get('version')}, this code reads {version}: prepare it again"
-        )
-    if content is None or known not in (None, checksum(content)):
-        raise ValueError(f"{path} is damaged or was edited: put it back, or remove {path.parent} and make it again")
-    return content
-
-
-LOCKS = {}  # folder: descriptor; the system lifts a lock when its process ends, however it ends
-
-
-def lock(folder):
-    """Refuse a folder in which another process works; remove what a killed one left half-written."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        os.close(descriptor)
-        raise ValueError(f"{folder} is in use by another process: wait for its end, or give another --out") from e
-    except OSError:  # a file system without locks
-        pass
-    LOCKS[os.path.realpath(folder)] = descriptor
-    for old in pathlib.Path(folder).glob(".*.tmp*"):
-        old.unlink()
-
-
-def unlock(folder):
-    os.close(LOCKS.pop(os.path.realpath(folder)))
-
-
-def cores():
-    """The cores that this process may use: those of its affinity, fewer where a container's quota says so."""
-    n, quota = os.cpu_count(), pathlib.Path("/sys/fs/cgroup/cpu.max")
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        n = len(os.sched_getaffinity(0))
-    if quota.exists():
-        limit, period = quota.read_text().split()
-        n = n if limit == "max" else min(n, math.ceil(int(limit) / int(period)))
-    return n
-
-
-def begin_worker():
+def start_worker():
     """Runs first in each worker: ends it when the preparation is killed, or it would wait for work for ever."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    for descriptor in LOCKS.values():  # the lock is the parent's
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C and the lock are the parent's
+    for descriptor in dataset.LOCKS.values():
         os.close(descriptor)
     torch.set_num_threads(1)
     np.empty(31 << 20, np.uint8)  # one large block, freed at once: from here glibc keeps the memory that a clip frees
@@ -787,479 +597,187 @@ def begin_worker():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def work(shard, rows, paths, n_frames, seconds):
-    """Fill rows of a shard under construction from these files; [(frames, mean, var) or the reason it cannot]."""
-    out = np.lib.format.open_memmap(shard, mode="r+")
-    found = []
-    for row, path in zip(rows, paths):
+def fill_rows(shard, rows, clips, n_frames, seconds):
+    """Fill rows of a shard under construction with these clips; [(frames, mean, var) or the reason it cannot]."""
+    out, found = np.lib.format.open_memmap(shard, mode="r+"), []
+    for row, clip in zip(rows, clips):
         try:
-            x = fbank(load_audio(path, seconds))[:n_frames].half()
+            x = fbank(load_audio(clip.path, seconds, clip.member))[:n_frames].half()
             if not len(x):
                 raise ValueError("shorter than one frame of 25 ms")
         except (soundfile.SoundFileError, ValueError, OSError) as e:
             found.append(" ".join(str(e).split()))
+            out[row] = 0
             continue
-        out[row, : len(x)] = x.numpy()
-        wide = x.double()
+        out[row, : len(x)], wide = x.numpy(), x.double()
         found.append((len(x), wide.mean().item(), wide.var(correction=0).item()))
     return found
 
 
-def check_clips(source, clips, task):
-    """The task of a list of clips, given or found; ValueError for a list that cannot be trained on and scored."""
-    if not clips:
-        raise ValueError(f"{source}: no clips, the tables are empty or no audio was found")
-    ids = collections.Counter(c[0] for c in clips)
-    if len(ids) < len(clips):
-        raise ValueError(f"{source}: clip '{max(ids, key=ids.get)}' is listed {max(ids.values())} times")
-    many = next((c for c in clips if len(c[4]) != 1), None)
-    if task == "single-label" and many:
-        raise ValueError(f"--task single-label, but clip '{many[0]}' has {len(many[4])} labels")
-    splits, folds = collections.Counter(c[2].split("-")[0] for c in clips), collections.Counter(c[3] for c in clips)
-    if "" not in splits and not (splits["train"] and splits["eval"]):
-        lacking = "eval" if splits["train"] else "train"
-        raise ValueError(f"no clip has split '{lacking}': training and scoring need both")
-    if "" not in folds and len(folds) < 2:
-        raise ValueError(f"all clips are in fold {clips[0][3]}: two or more folds are needed")
-    return task or ("multi-label" if many else "single-label")
+def make_shards(shards, notes, fingerprint, n_frames, seconds, workers):
+    """Have a pool of processes fill the rows of the shards {path: clips} that are still to be read, a few shards at a time so
+    that no worker waits, and put each shard in place and then its note."""
+    unread = {shard: [i for i, what in enumerate(notes[shard]["found"]) if isinstance(what, str)] for shard in shards}
 
-
-def known(path, clips):
-    """What an earlier run found of a shard's clips, as `work` says it; '' of each where there is no shard."""
-    return read_json(path.with_suffix(".json"))["found"] if path.exists() else [""] * len(clips)
-
-
-def unread(found):
-    """The places of the clips that are still to be read."""
-    return [n for n, what in enumerate(found) if isinstance(what, str)]
-
-
-def make_shard(pool, path, clips, n_frames, seconds, strict):
-    """Give the pool a shard's clips; -> a function that waits for them and puts shard and its notes in place. `strict`:
-    ValueError for the first that cannot be read, and no shard."""
-    temporary, found = path.with_name(f".{path.name}"), known(path, clips)
-    rows = unread(found)
-    if path.exists():
-        shutil.copyfile(path, temporary)
-    else:
-        np.lib.format.open_memmap(temporary, "w+", np.float16, (len(clips), n_frames, N_MELS))
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a bus error in a worker
-            with open(temporary, "rb+") as f:
-                os.posix_fallocate(f.fileno(), 0, temporary.stat().st_size)
-    parts = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
-    jobs = [(temporary, part, [str(clips[n][1]) for n in part], n_frames, seconds) for part in parts]
-    futures = [pool.submit(work, *job) for job in jobs]
-
-    def finish(bar):
-        for part, future in zip(parts, futures):
-            for n, what in zip(part, future.result()):
-                found[n] = what
-                if strict and isinstance(what, str):
-                    reason = f"{clips[n][1]} could not be read ({what}), and --strict stops there"
-                    raise ValueError(f"{reason}: mend it or take it out, the same command goes on")
+    def fill(shard, temporary):
+        clips, rows = shards[shard], unread[shard]
+        if len(rows) < len(clips):
+            shutil.copyfile(shard, temporary)
+        else:
+            np.lib.format.open_memmap(temporary, "w+", np.float16, (len(clips), n_frames, N_MELS))
+            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a bus error in a worker
+                with open(temporary, "rb+") as f:
+                    os.posix_fallocate(f.fileno(), 0, temporary.stat().st_size)
+        parts = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
+        jobs = [pool.submit(fill_rows, temporary, p, [clips[i] for i in p], n_frames, seconds) for p in parts]
+        for part, job in zip(parts, jobs):
+            for i, what in zip(part, job.result()):
+                notes[shard]["found"][i] = what
             bar.update(len(part))
-        with open(temporary, "rb+") as f:
-            os.fsync(f.fileno())
-        path.unlink(missing_ok=True)  # notes never speak of another shard than the one beside them
-        write_json(path.with_suffix(".json"), {"crc": crc32(temporary), "found": found})
-        os.replace(temporary, path)  # last: a shard that exists is complete
 
-    return finish
+    def make(shard):
+        atomic_write(shard, functools.partial(fill, shard))
+        notes[shard] |= {"fingerprint": fingerprint, "crc32": crc32(shard)}
+        write_json(shard.with_suffix(".json"), notes[shard])
+
+    # fork, as torch's own DataLoader does on Linux: a worker starts at once, without importing torch again
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
+    total, left = (sum(map(len, v.values())) for v in (shards, unread))
+    with (
+        concurrent.futures.ProcessPoolExecutor(workers, context, start_worker) as pool,
+        concurrent.futures.ThreadPoolExecutor(2 + workers // 8) as threads,
+        tqdm(total=total, initial=total - left, unit="clip") as bar,
+    ):
+        pool.submit(int).result()  # the workers are there before the threads
+        try:
+            collections.deque(threads.map(make, (shard for shard in shards if unread[shard])))
+        except concurrent.futures.process.BrokenProcessPool as e:
+            raise ValueError("a worker process was killed: run the same command again, with fewer --workers") from e
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
-def prepare(out, source, classes, clips, task=None, seconds=10, workers=None, strict=False):
+def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
     """Write data/<name>/: shards from `workers` processes, then the tables. What is finished already is kept.
 
     The list of clips fixes every clip's row, so the bytes depend neither on the workers nor on an interruption. Raises
-    ValueError if `out` holds another preparation or is in use, or if more than 5 % of the clips (`strict`: any) could not
-    be read; what could is kept.
+    ValueError if `out` holds another preparation or is in use, or if more than 5 % of the clips could not be read; what
+    could is kept, and the same command tries the others again.
     """
-    out, n_frames, workers = pathlib.Path(out), round(seconds * 100), workers or cores()
-    missing, clips = [c for c in clips if c[1] is None], [c for c in clips if c[1] is not None]
+    out, n_frames, workers = pathlib.Path(out), round(seconds * 100), workers or dataset.cores()
+    missing, clips = [c for c in clips if c.path is None], [c for c in clips if c.path is not None]
     task = check_clips(source, clips, task)
     facts = {"version": VERSION, "source": source, "task": task, "sample_rate": SAMPLE_RATE, "n_mels": N_MELS}
     facts |= {"n_frames": n_frames, "shard": SHARD}
     digest = hashlib.sha256(repr([facts, classes]).encode())
-    for clip in clips:
-        digest.update(repr((clip[0], str(clip[1]), *clip[2:])).encode())
+    for c in clips:
+        digest.update(repr((c.id, c.path, c.split, c.fold, c.labels)).encode())
     facts["fingerprint"] = digest.hexdigest()[:16]
     out.mkdir(parents=True, exist_ok=True)
-    lock(out)
+    dataset.lock(out)
     try:
-        for name in ("stats.json", "unfinished.json"):
-            if (out / name).exists() and read_json(out / name, VERSION).get("fingerprint") != facts["fingerprint"]:
-                what = "another preparation (other clips or settings)"
-                raise ValueError(f"{out} holds {what}: give another --out, or remove it")
+        for path in [*out.glob("stats.json"), *out.glob("fbank-*.json")][:1]:
+            if read_json(path).get("fingerprint") != facts["fingerprint"]:
+                raise ValueError(f"{out} holds other clips or other settings: give another --out, or remove it")
         if (out / "stats.json").exists():
-            remove_notes(out)
-            return print(f"{out} is complete: nothing to do")
-        write_json(out / "unfinished.json", facts)
-        for old in out.glob(".fbank-*"):
-            old.unlink()
-        starts = range(0, len(clips), SHARD)
-        shards = {out / f"fbank-{s:05d}.npy": clips[at : at + SHARD] for s, at in enumerate(starts)}
-        todo = {path: n for path in shards if (n := len(unread(known(path, shards[path]))))}
-        print(
-            f"{source}: {len(clips)} clips of {seconds:g} s, {len(classes)} classes, {task}; {workers} workers -> {out}"
-        )
-        # fork, as torch's own DataLoader does on Linux: a worker starts at once, without importing torch again
-        context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-        pool = concurrent.futures.ProcessPoolExecutor(workers, context, begin_worker)
-        waiting = collections.deque()
-        with room(out), pool, tqdm(total=len(clips), initial=len(clips) - sum(todo.values()), unit="clip") as bar:
-            try:
-                for path in todo:
-                    waiting.append(make_shard(pool, path, shards[path], n_frames, seconds, strict))
-                    if len(waiting) > 1 + workers // 8:
-                        waiting.popleft()(bar)
-                while waiting:
-                    waiting.popleft()(bar)
-            except concurrent.futures.process.BrokenProcessPool as e:
-                way_out = "run the same command again, with fewer --workers if memory was short"
-                raise ValueError(f"a worker process was killed: {way_out}") from e
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
-        write_tables(out, facts, classes, shards, missing, strict)
+            print(f"{out} is complete: nothing to do")
+        else:
+            kind = f"{len(clips)} clips of {seconds:g} s, {len(classes)} classes, {task}"
+            print(f"{source}: {kind}; {workers} workers -> {out}")
+            shards = {out / f"fbank-{i // SHARD:05d}.npy": clips[i : i + SHARD] for i in range(0, len(clips), SHARD)}
+            notes = {shard: {"found": [""] * len(own)} for shard, own in shards.items()}  # '': not read yet
+            notes |= {s: read_json(p) for s in shards if s.exists() and (p := s.with_suffix(".json")).exists()}
+            make_shards(shards, notes, facts["fingerprint"], n_frames, seconds, workers)
+            write_tables(out, facts, classes, clips, missing, [notes[shard] for shard in shards])
+        for note in out.glob("fbank-*.json"):
+            note.unlink()
     finally:
-        unlock(out)
+        dataset.unlock(out)
 
 
-def remove_notes(out):
-    """What a finished folder does not need; killed just before, the next run does it."""
-    for path in (out / "unfinished.json", *out.glob("fbank-*.json")):
-        path.unlink(missing_ok=True)
-
-
-def write_tables(out, facts, classes, shards, missing, strict):
-    """The last pass: skipped.csv, classes.csv, clips.csv and stats.json from the notes beside each shard."""
-
-    def noted():  # read twice, so that memory holds one shard's notes
-        for s, (path, clips) in enumerate(shards.items()):
-            yield from zip(range(s * SHARD, (s + 1) * SHARD), clips, read_json(path.with_suffix(".json"))["found"])
-
-    broken = [(clip, found) for _, clip, found in noted() if isinstance(found, str)]
-    skipped = [[clip[0], clip[1], found] for clip, found in broken]
-    absent = [[c[0], "", f"not there ({c[2]})"] for c in missing]  # of AudioSet, where that is normal
+def write_tables(out, facts, classes, clips, missing, notes):
+    """The last pass: skipped.csv, classes.csv, clips.csv and stats.json."""
+    found = [what for note in notes for what in note["found"]]  # by row
+    kept = [(row, c) for row, c in enumerate(clips) if not isinstance(found[row], str)]
+    skipped = [(c.id, c.path, what) for c, what in zip(clips, found) if isinstance(what, str)]
+    absent = [(c.id, "", f"not there ({c.split})") for c in missing]  # of AudioSet, where that is normal
     write_csv(out / "skipped.csv", ["id", "path", "reason"], skipped + absent)
-    first = f"the first: {skipped[0][1]}: {skipped[0][2]}" if skipped else ""
-    n_clips = sum(map(len, shards.values()))
-    if len(skipped) > (0 if strict else 0.05 * n_clips):
-        raise ValueError(
-            f"{len(skipped)} of {n_clips} clips could not be read, {first}; all are named in {out / 'skipped.csv'}. "
-            "The rest is kept: mend the files, and the same command reads them again"
-        )
+    if skipped:
+        what = f"{len(skipped)} of {len(clips)} clips could not be read, the first: {skipped[0][1]}: {skipped[0][2]}"
+        what += f"; {out / 'skipped.csv'} names all"
+        if len(skipped) > 0.05 * len(clips):
+            raise ValueError(f"{what}. The rest is kept: fix the files, and the same command reads them again")
+        print(what)
+    rows = ([row, *c[:4], ";".join(map(str, c.labels)), *found[row]] for row, c in kept)
+    write_csv(out / "clips.csv", dataset.CLIP_COLUMNS, rows)
     write_csv(out / "classes.csv", ["index", "mid", "display_name"], ([i, *c] for i, c in enumerate(classes)))
-    kept = ((row, clip, found) for row, clip, found in noted() if not isinstance(found, str))
-    columns = ["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"]
-    write_csv(out / "clips.csv", columns, ([row, *c[:4], ";".join(map(str, c[4])), *found] for row, c, found in kept))
-    facts |= {"clips": n_clips - len(skipped), "skipped": len(skipped)}
-    facts["crc32"] = [read_json(path.with_suffix(".json"))["crc"] for path in shards]
+    facts |= {"clips": len(kept), "skipped": len(skipped)}
+    if facts["source"] == "audioset":  # copies of it differ
+        listed = collections.Counter(c.split for c in clips + missing)
+        facts["listed"] = {"train": listed["train-balanced"] + listed["train-unbalanced"], **listed}
+    facts["crc32"] = [note["crc32"] for note in notes]
     facts["tables"] = {name: crc32(out / name) for name in ("classes.csv", "clips.csv")}
     write_json(out / "stats.json", facts)
-    remove_notes(out)
-    if skipped:
-        print(f"skipped {len(skipped)}, named with the reason in {out / 'skipped.csv'}; {first}")
-    group = lambda c: f"fold {c[3]}" if c[3] != "" else c[2]
-    counts = collections.Counter(group(c) for clips in shards.values() for c in clips)
-    counts.subtract(group(c) for c, _ in broken)
+    counts = collections.Counter(c.split or f"fold {c.fold}" for _, c in kept)
     print(f"wrote {out}: " + ", ".join(f"{k} {v}" for k, v in counts.items()))
 
 
-# --------------------------------------------------------------------------------------------------------- the reader
-
-
-class FbankDataset(torch.utils.data.Dataset):
-    """One split ('train', 'val' or 'eval') of a prepared folder; with `fold`, 'train' is the other folds, 'eval' that one.
-
-    ds[i] -> (x (T, 128) float32 log-mel in nats, not normalised, zero after the clip's end; y (C,) float32 in {0, 1}).
-    ds.fetch(indices) -> the same for a batch, float16 and with the clips' own frame counts: what training uses.
-    Also: classes (names), task, n_frames, ids, mean and std (nats) of this split's own frames, has_val. AudioSet's 'train'
-    is both its lists, 'train-balanced' the small one.
-    Raises FileNotFoundError or ValueError for a folder that is not complete, or a split or fold that it does not have.
-    """
-
-    def __init__(self, root, split, fold=None):
-        self.root, self.split, self.fold = pathlib.Path(root), split, fold
-        if not (self.root / "stats.json").is_file():
-            half = (self.root / "unfinished.json").exists()
-            what = "is not complete (interrupted?)" if half else "is no prepared folder"
-            raise FileNotFoundError(f"{self.root} {what}: run prep_data.py with --out {self.root}")
-        self.stats, self.cache = read_stats(self.root), None
-        self.source, self.task, self.n_frames = (self.stats[k] for k in ("source", "task", "n_frames"))
-        self.classes = [r["display_name"] for r in read_table(self.root / "classes.csv", ["display_name"])]
-        with open(self.root / "clips.csv", newline="", encoding="utf-8") as f:
-            lines = csv.reader(f)
-            next(lines)
-            columns, folds, splits = [[] for _ in range(6)], set(), set()  # a tuple a clip would keep the GC busy
-            for r in lines:
-                folds.add(r[4])
-                splits.add(r[3])
-                if fold is None:  # 'train' is also train-balanced and train-unbalanced
-                    chosen = r[3] == split or r[3].startswith(f"{split}-")
-                else:
-                    chosen = (r[4] == str(fold)) == (split == "eval")
-                if chosen:
-                    for column, value in zip(columns, (int(r[0]), r[1], r[5], int(r[6]), float(r[7]), float(r[8]))):
-                        column.append(value)
-        rows, ids, labels, frames, mean, var = columns
-        folds, splits = sorted(folds - {""}, key=int), sorted(splits - {""})
-        if fold is None and not splits:
-            raise ValueError(f"{self.root} has folds, not splits: give --fold, one of {', '.join(folds)}")
-        if fold is not None and str(fold) not in folds:
-            has = f"folds {', '.join(folds)}" if folds else "splits, not folds"
-            raise ValueError(f"{self.root} has no fold {fold}: it has {has}")
-        if not rows or (fold is not None and split not in ("train", "eval")):
-            have = splits if fold is None else ["train", "eval"]
-            raise ValueError(f"{self.root} has no split '{split}': it has {', '.join(have)}")
-        self.has_val, self.ids = fold is None and "val" in splits, tuple(ids)
-        self.rows, self.frames = (np.array(rows), np.array(frames))  # (n,): place in the shards, own frame count
-        mean, var, share = np.array(mean), np.array(var), self.frames / self.frames.sum()
-        self.mean = float(share @ mean)
-        self.std = float(np.sqrt(share @ (var + mean**2) - self.mean**2))
-        most = 1 + max(own.count(";") for own in labels)
-        self.labels = np.full((len(rows), most), -1, np.int64)  # (n, most labels of a clip), filled with -1
-        for i, own in enumerate(labels):
-            if own:
-                self.labels[i, : own.count(";") + 1] = [int(k) for k in own.split(";")]
-        n_shards = len(self.stats["crc32"])
-        missing = [f"fbank-{s:05d}.npy" for s in range(n_shards) if not (self.root / f"fbank-{s:05d}.npy").is_file()]
-        if missing:
-            raise FileNotFoundError(f"{self.root} is not complete: {missing[0]} is missing; prepare it again")
-        self.shards = [self._open(s) for s in range(n_shards)]
-
-    def _open(self, s):
-        path = self.root / f"fbank-{s:05d}.npy"
-        try:
-            shard = np.load(path, mmap_mode="r")
-        except (ValueError, EOFError) as e:
-            raise ValueError(f"{path} is damaged: remove {self.root} and prepare it again") from e
-        if shard.dtype != np.float16 or shard.shape[1:] != (self.n_frames, N_MELS):
-            raise ValueError(f"{path} holds {shard.dtype} {shard.shape}, not float16 clips of {self.n_frames} frames")
-        return shard
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, i):
-        x, _, y = self.fetch([i])
-        return x[0].float(), targets(y, len(self.classes), self.task)[0]
-
-    def fetch(self, indices):
-        """Clips by index -> x (B, T, 128) float16, n (B,) own frames, labels (B, L) class indices filled up with -1."""
-        indices = np.asarray(indices)
-        rows = self.rows[indices]
-        if self.cache is not None:
-            where = torch.from_numpy(indices)
-            if self.cache.is_cuda:
-                where = where.pin_memory().to(self.cache.device, non_blocking=True)
-            x = self.cache[where]
-        else:
-            x = torch.empty(len(rows), self.n_frames, N_MELS, dtype=torch.float16)
-            shard, place = rows // self.stats["shard"], rows % self.stats["shard"]
-            for s in np.unique(shard):
-                here = shard == s
-                x.numpy()[here] = self.shards[s][place[here]]
-        return x, torch.from_numpy(self.frames[indices]), torch.from_numpy(self.labels[indices])
-
-    def keep_on(self, device):
-        """Copy the split to a device's memory, 512 clips at a time: from then on `fetch` indexes it there."""
-        cache = torch.empty(len(self), self.n_frames, N_MELS, dtype=torch.float16, device=device)
-        for i in tqdm(range(0, len(self), SHARD), desc=f"clips to {device}", unit="shard", leave=False):
-            cache[i : i + SHARD] = self.fetch(range(i, min(i + SHARD, len(self))))[0]
-        self.cache = cache
-
-    def weights(self):
-        """Class-balanced sampling weights (n,): sum over a clip's labels of 1 / (count + 0.01), Section 3.2 and PSLA.
-        Clips without a label count as one more class, or they would never be drawn."""
-        labels = np.where(self.labels[:, :1] + np.arange(self.labels.shape[1]) == -1, len(self.classes), self.labels)
-        share = np.append(1 / (np.bincount(labels[labels >= 0], minlength=len(self.classes) + 1) + 0.01), 0.0)
-        return share[labels].sum(1)  # -1 reads the last entry: 0
-
-
-def targets(labels, n_classes, task, smoothing=0.0):
-    """Label indices (B, L), filled with -1 -> soft targets (B, C). Smoothing e: multi-label e/C and 1 - e; single-label
-    e/C and 1 - e + e/C, which sums to 1 (UAVM; the paper smooths before mixing)."""
-    hot = torch.zeros(len(labels), n_classes + 1, device=labels.device).scatter_(1, labels % (n_classes + 1), 1.0)[
-        :, :-1
-    ]
-    if not smoothing:
-        return hot
-    off = smoothing / n_classes
-    return off + hot * (1 - smoothing - (off if task == "multi-label" else 0))
-
-
-# --------------------------------------------------------------------------------------------------- the augmentations
-
-
-def mix(a, b, lam, n_a, n_b):
-    """Mixup of sounds, on their log-mel (Section 3.2): a, b (B, T, F) in nats; lam, n_a, n_b (B,) -> (B, T, F).
-
-    log-mel is the log of power, so lam * a + (1 - lam) * b of waveforms is, up to the cross term of two unrelated sounds,
-    logaddexp(a + 2 ln lam, b + 2 ln(1 - lam)). Past b's n_b frames it is silent: a + 2 ln lam; past a's n_a frames the
-    result is padding, 0. Never below Kaldi's floor. lam = 1 is no mixup in the same arithmetic.
-    """
-    t = torch.arange(a.shape[1], device=a.device)
-    lam, n_a, n_b = (v.view(-1, 1, 1) for v in (lam, n_a, n_b))
-    t = t.view(1, -1, 1)
-    weak = (b + 2 * torch.log1p(-lam)).masked_fill(t >= n_b, -torch.inf)
-    return torch.logaddexp(a + 2 * lam.log(), weak).clamp(min=FLOOR).masked_fill(t >= n_a, 0.0)
-
-
-def draw(rng, size, n_clips, mixup=0.5, freq_mask=48, time_mask=192, n_frames=1000):
-    """Everything random about one global batch but its clips, drawn on the host: {name: (size,) array}.
-
-    partner: uniform over the n_clips training clips, with probability `mixup`; otherwise lam is 1. lam ~ Beta(10, 10).
-    f0, f1, t0, t1: masked bins [f0, f1) and frames [t0, t1), widths uniform in [0, freq_mask) and [0, time_mask).
-    shift: frames, uniform in [-10, 10]. noise: the clip's amplitude u / 10, u ~ U(0, 1).
-    """
-    f, t = (np.floor(rng.random(size) * w).astype(np.int64) for w in (freq_mask, time_mask))
-    f0, t0 = (
-        np.floor(rng.random(size) * (N_MELS - f)).astype(np.int64),
-        np.floor(rng.random(size) * (n_frames - t)).astype(np.int64),
-    )
-    return {
-        "partner": rng.integers(n_clips, size=size),
-        "lam": np.where(rng.random(size) < mixup, rng.beta(10, 10, size), 1.0).astype(np.float32),
-        "f0": f0,
-        "f1": f0 + f,
-        "t0": t0,
-        "t1": t0 + t,
-        "shift": rng.integers(-10, 11, size),
-        "noise": rng.random(size, dtype=np.float32) / 10,
-    }
-
-
-def augment(mixed, d, noise, mean, std):
-    """The paper's augmentations after mixup, in its order, in one vectorised call on the device (Section 3.2).
-
-    mixed (B, T, F) log-mel in nats; d: tensors (B,) named as in `draw`; noise (B, T, F) uniform in [0, 1). Frequency mask,
-    time mask (both 0.0, before normalisation, as AST does), normalisation, noise, circular time shift -> (B, T, F).
-    """
-    B, T, F = mixed.shape
-    f, t = torch.arange(F, device=mixed.device), torch.arange(T, device=mixed.device)
-    d = {k: v.view(-1, 1) for k, v in d.items()}
-    masked_f = (f >= d["f0"]) & (f < d["f1"])  # (B, F)
-    masked_t = (t >= d["t0"]) & (t < d["t1"])  # (B, T)
-    x = mixed.masked_fill(masked_f[:, None, :] | masked_t[:, :, None], 0.0)
-    x = normalise(x, mean, std) + noise * d["noise"][:, :, None]
-    rolled = (t - d["shift"]) % T  # (B, T): frame t comes from t - shift
-    return x.gather(1, rolled[:, :, None].expand(B, T, F))
-
-
-def normalise(x, mean, std):
-    """(x - mean) / (2 std), Section 3.2: one convention for both families, because the teacher sees the student's tensor."""
-    return (x - mean) / (2 * std)
-
-
-def read_stats(root):
-    """stats.json of a prepared folder; ValueError for one of another version, or if a table was changed since."""
-    stats = read_json(root / "stats.json", VERSION)
-    for name, crc in stats.get("tables", {}).items():
-        if not (root / name).is_file() or crc32(root / name) != crc:
-            keep = "to keep an edit, take 'tables' and 'checksum' out of stats.json"
-            raise ValueError(f"{root / name} is damaged or was edited: remove {root} and prepare it again ({keep})")
-    return stats
-
-
 def check(out):
-    """Verify a prepared folder: every byte of its shards, every row of its table. ValueError says what to do."""
-    again = f"remove {out} and prepare it again"
+    """Verify a prepared folder: every byte of its shards, every row of its table. ValueError names what is wrong."""
     if not (out / "stats.json").is_file():
         raise FileNotFoundError(f"{out} is not complete: run prep_data.py with --out {out}")
-    stats = read_stats(out)
-    rows = read_table(out / "clips.csv", ["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"])
-    n_classes = len(read_table(out / "classes.csv", ["index", "mid", "display_name"]))
-    of_shard = collections.defaultdict(list)
-    for r in rows:
-        of_shard[int(r["row"]) // SHARD].append(r)
-    for s, crc in enumerate(tqdm(stats["crc32"], unit="shard")):
-        path = out / f"fbank-{s:05d}.npy"
-        if not path.is_file() or crc32(path) != crc:
-            raise ValueError(f"{path} is {'damaged' if path.is_file() else 'missing'}: {again}")
-        shard = np.load(path, mmap_mode="r")
-        if shard.dtype != np.float16 or shard.shape[1:] != (stats["n_frames"], N_MELS) or not np.isfinite(shard).all():
-            raise ValueError(f"{path} does not hold finite float16 (clips, {stats['n_frames']}, {N_MELS}): {again}")
-        for r in of_shard.pop(s, []):
-            place, n, labels = int(r["row"]) % SHARD, int(r["n_frames"]), r["labels"].split(";") if r["labels"] else []
-            if place >= len(shard) or not 0 < n <= stats["n_frames"] or shard[place, n:].any():
-                raise ValueError(
-                    f"{out / 'clips.csv'}: clip '{r['id']}' does not match its row {r['row']} of {path.name}: {again}"
-                )
-            if (
-                any(not 0 <= int(k) < n_classes for k in labels)
-                or abs(shard[place, :n].mean(dtype=float) - float(r["mean"])) > 1e-6
-            ):
-                raise ValueError(f"{out / 'clips.csv'}: clip '{r['id']}' has wrong labels or a wrong mean: {again}")
-    if of_shard:
-        raise ValueError(
-            f"{out / 'clips.csv'} names rows of fbank-{min(of_shard):05d}.npy, which is not there: {again}"
-        )
-    print(f"{out} is sound: {len(rows)} clips, {len(stats['crc32'])} shards, {n_classes} classes, {stats['task']}")
-
-
-def crc32(path):
-    with open(path, "rb") as f:
-        return functools.reduce(lambda c, block: zlib.crc32(block, c), iter(lambda: f.read(1 << 22), b""), 0)
+    rows = read_table(out / "clips.csv", dataset.CLIP_COLUMNS)
+    for split, fold in {("eval", r["fold"]) if r["fold"] else (r["split"], None) for r in rows} or {("train", None)}:
+        data = dataset.FbankDataset(out, split, fold)  # ValueError for what does not fit
+    for s, crc in enumerate(tqdm(data.stats["crc32"], unit="shard")):
+        if crc32(out / f"fbank-{s:05d}.npy") != crc:
+            raise ValueError(f"{out}/fbank-{s:05d}.npy is damaged: remove {out} and prepare it again")
+    print(f"{out} is sound: {len(rows)} clips, {s + 1} shards, {data.task}")
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("dataset", nargs="?", choices=DATASETS)
-    p.add_argument(
-        "--root",
-        type=pathlib.Path,
-        help="the raw data (default: esc10, esc50, fsd50k are downloaded next to --out); csv: a table or class folders",
-    )
-    p.add_argument("--out", type=pathlib.Path, help="the prepared folder (default: data/DATASET)")
-    p.add_argument("--workers", type=int, help="processes (default: one for each core it may use)")
-    p.add_argument(
-        "--clip-seconds", type=float, help="kept of each clip, shorter ones are padded (default: 10; ESC: 5; demo: 2)"
-    )
-    p.add_argument(
-        "--task",
-        choices=["multi-label", "single-label"],
-        help="csv: default multi-label if any clip has several labels",
-    )
-    p.add_argument(
-        "--strict", action="store_true", help="an unreadable clip is an error (default: more than 5 percent are)"
-    )
-    p.add_argument("--check", type=pathlib.Path, metavar="DIR", help="verify a prepared folder, prepare nothing")
+    add, path = p.add_argument, pathlib.Path
+    add("dataset", nargs="?", choices=DATASETS)
+    add("--root", type=path, help="the raw data (default: a download next to --out); csv: a table or class folders")
+    add("--out", type=path, help="the prepared folder (default: data/DATASET)")
+    add("--workers", type=int, help="processes (default: one for each core it may use)")
+    add("--clip-seconds", type=float, help="kept of each clip, shorter ones are padded (default: 10; ESC: 5; demo: 2)")
+    add("--task", choices=["multi-label", "single-label"], help="csv: multi-label where a clip has several labels")
+    add("--check", type=path, metavar="DIR", help="verify a prepared folder, prepare nothing")
     a = p.parse_args()
     if (a.dataset is None) == (a.check is None):
         p.error(f"name a dataset ({', '.join(DATASETS)}), or --check DIR")
     if a.check:
         return check(a.check)
-    seconds, from_table = DATASETS[a.dataset]
+    seconds, list_clips = DATASETS[a.dataset]
     seconds, out = a.clip_seconds if a.clip_seconds is not None else seconds, a.out or pathlib.Path("data") / a.dataset
     if a.workers is not None and a.workers < 1:
         raise ValueError(f"--workers {a.workers}: give 1 or more")
     if not 0.16 <= seconds <= 3600:
         raise ValueError(f"--clip-seconds {seconds:g} is out of range [0.16, 3600]")
     root, source = a.root, "esc50" if a.dataset == "esc10" else a.dataset  # ESC-10 is a part of ESC-50
-    if root is None and a.dataset == "demo":
-        root = out.with_name(out.name + "-audio")
+    if a.dataset == "demo":
+        root = root or out.with_name(out.name + "-audio")
     elif root is None and source in DOWNLOADS:
         root = download(source, out.with_name(f"{source}-audio"), seconds)
     elif root is None:
-        raise ValueError(f"{a.dataset} needs --root, a copy of the data on disk ({ROOTS[a.dataset]})")
-    elif a.dataset != "demo" and not root.exists():
+        raise ValueError(f"{a.dataset} needs --root: {NEEDED[a.dataset]}")
+    elif not root.exists():
         raise FileNotFoundError(f"--root {root} does not exist")
-    classes, clips = from_table(root.absolute())
+    classes, clips = list_clips(root.absolute())
     task = a.task or {"csv": None, "esc10": "single-label", "esc50": "single-label"}.get(a.dataset, "multi-label")
-    prepare(out, a.dataset, classes, clips, task, seconds, a.workers, a.strict)
-
-
-def terminated(*_):
-    os.write(2, b"stopped by SIGTERM; the same command goes on where it was\n")
-    os._exit(143)  # a file is whole or absent at any moment, and the workers end with their parent
+    prepare(out, a.dataset, classes, clips, task, seconds, a.workers)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, terminated)
+    if sys.getfilesystemencoding() != "utf-8":  # LC_ALL=C with PYTHONUTF8=0: the names of files are UTF-8 all the same
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    stopped = b"stopped by SIGTERM; the same command resumes\n"
+    signal.signal(signal.SIGTERM, lambda *_: (os.write(2, stopped), os._exit(143)))  # workers end with their parent
     try:
         main()
     except (ValueError, OSError) as e:
         sys.exit(f"error: {e}")
     except KeyboardInterrupt:
-        sys.exit("stopped by Ctrl-C; the same command goes on where it was")
+        sys.exit("stopped by Ctrl-C; the same command resumes")

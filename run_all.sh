@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole of CMKD: prepare fbanks, train teachers, distill both ways, train the students without KD, average weights, score,
-# print the table. What is finished is skipped, so the same command goes on after an interruption; the first failure stops it.
+# print the table. What is finished is skipped, so the same command resumes after an interruption; the first failure stops it.
 #
 #   bash run_all.sh demo                                     # synthetic, 7 minutes on two cores
 #   ROOT=/data/ESC-50 bash run_all.sh esc50                  # also esc10, fsd50k, audioset, audioset-bal
@@ -17,10 +17,9 @@
 #   BASELINES       0: no students without KD                1
 #   SEEDS           a list; several give ensemble rows       0
 #   FOLDS           a list, for data with folds              1 2 3 4 5 for esc10 and esc50
-#   EPOCHS, LR_CNN, LR_AST, BATCH_CNN, BATCH_AST             the recipe table of train_teacher.py
-#   GPUS            processes on this machine                1
-#   WORKERS         processes of the preparation             one for each core
-#   RECIPE          a row of the recipe table                the data set's
+#   EPOCHS, LR_CNN, LR_AST, BATCH_CNN, BATCH_AST, RECIPE     the recipe table of train_teacher.py
+#   PATCHOUT, PRECISION   "4 40": patches that ASTs drop     none; bfloat16 on a GPU, float32 on a CPU
+#   GPUS, WORKERS   processes of training, of preparation    1, one for each core
 #   KEEP_EPOCHS     1: keep ep-NN.pt after averaging         0
 #   PYTHON          the interpreter                          python
 set -euo pipefail
@@ -34,10 +33,8 @@ case $1 in
   demo | esc10 | esc50 | fsd50k | audioset) NAME=$1 DATA=data/$1 ;;
   audioset-bal) NAME=$1 DATA=data/audioset RECIPE=audioset-bal ;; # one prepared folder serves both
   *)
-    if [ ! -f "$1/stats.json" ]; then
-      echo "run_all.sh: '$1' is neither demo, esc10, esc50, fsd50k, audioset, audioset-bal nor a folder that prep_data.py finished (no stats.json)" >&2
-      exit 2
-    fi
+    unknown="'$1' is neither demo, esc10, esc50, fsd50k, audioset, audioset-bal nor a folder that prep_data.py finished (no stats.json)"
+    [ -f "$1/stats.json" ] || { echo "run_all.sh: $unknown" >&2; exit 2; }
     DATA=${1%/} NAME=$(basename -- "$(cd -- "$1" && pwd)")
     case $DATA in -*) DATA=./$DATA ;; esac # no flag
     ;;
@@ -57,11 +54,11 @@ stage() { # NAME COMMAND...: run a stage, or stop with its name
   "$@" & # in the background, so that a signal reaches this script at once
   child=$!
   wait $child || code=$?
-  [ $code -eq 0 ] || { echo "run_all.sh: stage '$name' failed (exit code $code); mend it and run the same command again" >&2; exit $code; }
+  [ $code -eq 0 ] || { echo "run_all.sh: stage '$name' failed (exit code $code); fix it and run the same command again" >&2; exit $code; }
 }
 stop() { # a pre-emption or Ctrl-C: the stage finishes its step and saves
   [ -z "$child" ] || { kill -TERM "$child" 2>/dev/null && wait "$child" || true; }
-  echo "run_all.sh: stopped; the same command goes on where it was" >&2
+  echo "run_all.sh: stopped; the same command resumes" >&2
   exit 143
 }
 child=
@@ -84,6 +81,8 @@ train() { # MODEL [TEACHER...]: train a model, average its epochs, score it
   add --batch-size "${!batch:-}"
   add --epochs "${EPOCHS:-}"
   add --recipe "${RECIPE:-}"
+  add --precision "${PRECISION:-}"
+  [ $kind = CNN ] || [ -z "${PATCHOUT:-}" ] || flags+=(--patchout $PATCHOUT)
   [ "$fold" = none ] || add --fold "$fold"
   [ "${KEEP_EPOCHS:-0}" = 0 ] || flags+=(--keep-epochs)
   if [ $# -eq 0 ]; then

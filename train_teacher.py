@@ -220,31 +220,33 @@ def begin(args, data, val, device, suffix="", **meta):
         print(f"resuming from {args.out / 'last.pt'}: epoch {len(run.history) + 1}, step {len(run.log)}")
         model.load_state_dict(last["state"])
         optimizer.load_state_dict(last["optimizer"])
-    make_room(run)
+    place_clips(args, data, device)
+    if dataset.rank() == 0:
+        check_disk(run)
+        if not run.history and not (args.out / "ep-00.pt").exists():  # later in its first epoch the model is another
+            models.save_checkpoint(args.out / "ep-00.pt", model, **meta, epoch=0)
     signal.signal(signal.SIGTERM, lambda *_: run.stop.set())  # a pre-emption: the loop looks after each step
     return run
 
 
-def make_room(run):
-    """Put the clips on a GPU where they fit in 40 % of what is free there, and say where they are. Say what disk the run will
-    take, ValueError if there is not enough. Write ep-00.pt, the model before training."""
-    args, data, out, device = run.args, run.data, run.args.out, run.device
+def place_clips(args, data, device):
+    """Copy the clips to a GPU where they fit in 40 % of what is free there, and print where they are."""
     need = len(data) * data.n_frames * dataset.N_MELS * 2
     fits = device.type == "cuda" and need < 0.4 * torch.cuda.mem_get_info(device)[0]
     if args.cache == "device" or (not args.cache and fits):
         data.keep_on(device)
     where = "disk, through the page cache" if data.cache is None else f"{device.type} memory"
     print(f"{len(data)} training clips, {need / 2**30:.2f} GiB, are read from {where}")
-    if dataset.rank():
-        return
+
+
+def check_disk(run):
+    """Print what disk the run will take; ValueError if there is not enough."""
+    out, free = run.args.out, shutil.disk_usage(run.args.out).free
     # besides the epochs: ep-00, best, wa, and last, which holds Adam's state too and is written beside itself
-    need = (args.epochs - len(run.history) + 9) * sum(v.nbytes for v in run.model.state_dict().values())
-    free = shutil.disk_usage(out).free
+    need = (run.args.epochs - len(run.history) + 9) * sum(v.nbytes for v in run.model.state_dict().values())
     print(f"checkpoints will take up to {need / 2**30:.2f} GiB in {out} ({free / 2**30:.0f} GiB free)")
     if need > free:
         raise ValueError(f"{out} has {free / 2**30:.2f} GiB free, the checkpoints need {need / 2**30:.2f}: give --out")
-    if not run.history and not (out / "ep-00.pt").exists():  # later in its first epoch the model is another
-        models.save_checkpoint(out / "ep-00.pt", run.model, **run.meta, epoch=0)
 
 
 def decay_factor(args, epoch, history):

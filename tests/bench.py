@@ -1,7 +1,7 @@
 """The one place for speed claims: ours beside the usual way, in one run on one machine, as ratios.
 
     python tests/bench.py                            # all of it on the CPU; --quick: small sizes
-    python tests/bench.py steps growth               # some of it
+    python tests/bench.py steps patchout             # some of it
     python tests/bench.py --device cuda              # not run yet
 
 Prints a table and writes bench.json to the working folder. These machines are noisy: what is compared is measured in turn,
@@ -9,8 +9,6 @@ step by step, and a ratio is that of the medians.
 """
 
 import argparse
-import contextlib
-import csv
 import itertools
 import json
 import os
@@ -35,25 +33,24 @@ from torchaudio.compliance import kaldi
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import dataset
 import distill
 import evaluate
 import models
-import prep_data
 import train_teacher
 
 CLASSES = 200
+PATCHOUT = 4, 40  # PaSST's: 474 of an AST's 1,190 tokens are left
 HF_SIZES = {"ast-tiny": (192, 3), "ast-small": (384, 6), "ast-base": (768, 12)}  # width, heads
-PEAK = "  peak memory (of the process so far on a CPU), GiB"
 SMALLEST = "efficientnet-b0", "ast-tiny"
 
 
 def seconds(f, *args, device=None):
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize()
+    wait = torch.cuda.synchronize if device is not None and device.type == "cuda" else lambda: None
+    wait()
     began = time.perf_counter()
     f(*args)
-    if device is not None and device.type == "cuda":
-        torch.cuda.synchronize()
+    wait()
     return time.perf_counter() - began
 
 
@@ -69,14 +66,13 @@ def in_turn(functions, rounds, device):
 # ------------------------------------------------------------------------------------------------- data
 
 
-def usual_loop(paths, seconds_kept):
+def usual_loop(paths):
     """One process, a clip at a time: soundfile, torchaudio.functional.resample, kaldi.fbank."""
+    options = {"htk_compat": True, "window_type": "hanning", "num_mel_bins": 128, "dither": 0.0}
     for path in paths:
         x, rate = soundfile.read(path, dtype="float32", always_2d=True)
-        x = torchaudio.functional.resample(torch.from_numpy(x.mean(1)), rate, 16000)[: seconds_kept * 16000]
-        kaldi.fbank(
-            x[None], htk_compat=True, sample_frequency=16000, window_type="hanning", num_mel_bins=128, dither=0.0
-        )
+        x = torchaudio.functional.resample(torch.from_numpy(x.mean(1)), rate, 16000)[:160000]
+        kaldi.fbank(x[None], sample_frequency=16000, **options)
 
 
 def bench_prep(row, quick, device, folder):
@@ -90,91 +86,100 @@ def bench_prep(row, quick, device, folder):
         else:
             path.hardlink_to(paths[i % 300])  # what is measured is not the disk
     table = [[path, "ab"[i % 2], ("train", "eval")[i % 2]] for i, path in enumerate(paths)]
-    prep_data.write_csv(folder / "t.csv", ["path", "labels", "split"], table)
+    dataset.write_csv(folder / "t.csv", ["path", "labels", "split"], table)
     line = [sys.executable, ROOT / "prep_data.py", "csv", "--root", folder / "t.csv", "--workers", "2", "--out"]
     loops, ours = [], []
     for pair in range(3):
-        loops.append(n // 4 / seconds(usual_loop, paths[: n // 4], 10))
+        loops.append(n // 4 / seconds(usual_loop, paths[: n // 4]))
         out = folder / f"out{pair}"
         ours.append(n / seconds(lambda out=out: subprocess.run([*line, out], check=True, capture_output=True)))
     ours, loop = statistics.median(ours), statistics.median(loops)
     row(f"preparation, {n} clips of 10 s at 44.1 kHz, clips/s", ours, "the usual loop", loop, ours / loop)
 
 
-def fake_folder(folder, n, shards, classes=CLASSES, split="train"):
-    """A prepared folder of n clips of 10 s with random log-mels in `shards` files, or with none (only its tables)."""
-    rng = np.random.default_rng(0)
-    facts = {"version": prep_data.VERSION, "source": "fsd50k", "task": "multi-label", "sample_rate": 16000}
-    facts |= {"n_mels": 128, "n_frames": 1000, "shard": prep_data.SHARD, "crc32": [0] * shards}
-    prep_data.write_json(folder / "stats.json", facts)
-    names = [[i, f"/m/{i}", f"class {i}"] for i in range(classes)]
-    prep_data.write_csv(folder / "classes.csv", ["index", "mid", "display_name"], names)
-    labels = rng.integers(0, classes, (n, 3))
-    with open(folder / "clips.csv", "w", newline="") as f:
-        lines = csv.writer(f, lineterminator="\n")
-        lines.writerow(["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"])
-        for i in range(n):
-            own = ";".join(map(str, labels[i, : 1 + i % 3]))
-            lines.writerow(
-                [i, f"id{i:09d}", f"/data/audio/id{i:09d}.wav", split, "", own, 998, -5.123456789, 16.12345678]
-            )
+def fake_folder(folder, n, shards, split="train", filled=True):
+    """A prepared folder of n clips of 10 s, spread evenly over `shards` files: of random log-mels, or of holes in the disk."""
+    rng, each = np.random.default_rng(0), -(-n // shards)
+    facts = {"version": dataset.VERSION, "source": "fsd50k", "task": "multi-label", "sample_rate": 16000, "tables": {}}
+    dataset.write_json(folder / "stats.json", facts | {"n_frames": 1000, "crc32": [0] * shards})
+    names = ([i, f"/m/{i}", f"class {i}"] for i in range(CLASSES))
+    dataset.write_csv(folder / "classes.csv", ["index", "mid", "display_name"], names)
+    labels = [";".join(map(str, own[: 1 + i % 3])) for i, own in enumerate(rng.integers(0, CLASSES, (n, 3)).tolist())]
+    place, rest = lambda i: i // each * dataset.SHARD + i % each, (998, -5.123456789, 16.12345678)
+    rows = ([place(i), f"id{i:09d}", f"/data/audio/id{i:09d}.wav", split, "", labels[i], *rest] for i in range(n))
+    dataset.write_csv(folder / "clips.csv", dataset.CLIP_COLUMNS, rows)
     for s in range(shards):
-        x = rng.standard_normal((min(n - s * prep_data.SHARD, prep_data.SHARD), 1000, 128), np.float32)
-        np.save(folder / f"fbank-{s:05d}.npy", x.astype(np.float16))
+        shape = (min(each, n - s * each), 1000, 128)
+        x = np.lib.format.open_memmap(folder / f"fbank-{s:05d}.npy", "w+", np.float16, shape)
+        if filled:
+            x[:] = rng.integers(-3, 4, shape, np.int8)
+            x.flush()
     return folder
 
 
 def bench_scale(row, quick, device, folder):
-    """Opening a prepared folder of 2 million clips in a process of its own, and drawing an epoch's order of them."""
+    """Opening a prepared folder of AudioSet's size in a process of its own, and drawing an epoch's order of its clips."""
     n = 200_000 if quick else 2_000_000
-    fake_folder(folder, n, 0, 527, "train-unbalanced")
+    fake_folder(folder, n, n // 500, "train-unbalanced", filled=False)
     code = f"""
 import resource, sys, time
 sys.path.insert(0, {str(ROOT)!r})
-import prep_data, train_teacher
+import dataset
 began = time.perf_counter()
-data = prep_data.FbankDataset({str(folder)!r}, "train")
+data = dataset.FbankDataset({str(folder)!r}, "train")
 opened = time.perf_counter()
-train_teacher.epoch_order(data, 0, 1, True)
+dataset.epoch_order(data, 0, 1, True)
 print(opened - began, time.perf_counter() - opened, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)
 """
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     opened, order, peak = map(float, done.stdout.split())
-    row(f"opening clips.csv of {n} rows, s (at most 20)", opened)
+    row(f"opening {n} clips in {n // 500} shards, s (at most 20)", opened)
     row("  the process's peak memory, GiB (at most 3)", peak)
     row("  an epoch's class-balanced order of them, s (at most 2)", order)
 
 
+def settings(data, name, B, *flags):
+    line = ["--data", str(data.root), "--model", name, "--batch-size", str(B), "--pretrained", "no", *flags]
+    return train_teacher.resolve(train_teacher.parser("").parse_args(line), data)
+
+
+def forget(folder):
+    """Drop a folder's shards from the page cache."""
+    for path in folder.glob("fbank-*.npy"):
+        with open(path, "rb") as f:
+            os.fsync(f.fileno())
+            os.posix_fadvise(f.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
 def bench_input(row, quick, device, folder):
-    """What feeds a step: reading rows, and mixing and augmenting them on the device."""
-    n, B = 512 if quick else 2048, 12
-    data = prep_data.FbankDataset(fake_folder(folder, n, -(-n // prep_data.SHARD)), "train")
-    rng = np.random.default_rng(0)
-    order = rng.permutation(n)
+    """The host's side of dataset.batches: reading batches of 120 clips from 300 shards, with mixup 0.5. Partners are counted as
+    clips, 180 a batch: they are read like the others."""
+    n, prefetch, clips = 300 * (2 if quick else 16), dataset.prefetch, []
+    data = dataset.FbankDataset(fake_folder(folder, n, 300), "train")
+    args = settings(data, "efficientnet-b0", 120)
 
-    def read():
-        for i in range(0, n, B):
-            data.fetch(order[i : i + B])
+    def host_side(work, steps, device):  # in the place of prefetch: no batch reaches the device's part
+        clips.append(sum(len(tensors[0]) for tensors, *_ in prefetch(work, steps, device)))
+        yield from ()
 
-    row("reading rows in random order, clips/s", n / in_turn({"": read}, 3, device)[""])
-    x, frames, _ = (v.to(device) for v in data.fetch(order[:B]))
-    d = prep_data.draw(rng, B, n)
-    d = {k: torch.from_numpy(v).to(device) for k, v in d.items()}
-
-    def make():
-        noise = torch.rand(B, 1000, 128, device=device)
-        mixed = prep_data.mix(x.float(), x.flip(0).float(), d["lam"], frames, frames)
-        prep_data.augment(mixed, {k: d[k] for k in ("f0", "f1", "t0", "t1", "shift", "noise")}, noise, -5.0, 4.0)
-
-    row("mixup, masks, noise and shift, clips/s", B / in_turn({"": make}, 10, device)[""])
+    rates, dataset.prefetch = {"the page cache": [], "cold pages": []}, host_side
+    for epoch in range(1, 2 if quick else 6):
+        for kind, rate in rates.items():
+            if kind == "cold pages":
+                forget(folder)
+            took = seconds(list, dataset.batches(data, args, epoch, device))
+            rate.append(clips[-1] / took)
+    dataset.prefetch = prefetch
+    for kind, rate in rates.items():
+        row(f"reading at batch 120 from {kind}, clips/s (wanted: 3000)", statistics.median(rate))
 
 
 # ------------------------------------------------------------------------------------------------- training steps
 
 
-def ours(name, device, n_frames=1000, train=True):
-    model = models.build_model(name, CLASSES, n_frames).to(device).train(train)
-    return train_teacher.faster(model, argparse.Namespace(no_compile=False), device)
+def ours(name, device, trains=True):
+    model = models.build_model(name, CLASSES).to(device).train(trains).requires_grad_(trains)
+    return models.wrap(model, argparse.Namespace(no_compile=False), device, trains)
 
 
 def peer(name, device):
@@ -191,19 +196,28 @@ def peer(name, device):
     return "timm, NCHW", model, lambda x: model(x.transpose(1, 2).unsqueeze(1))
 
 
-def fake_batch(B, device, n_frames=1000):
-    x, y = torch.randn(B, n_frames, 128, device=device), torch.rand(B, CLASSES, device=device) < 0.02
+def beside(row, what, B, took):
+    """Rows of the first entry of took {name: seconds}, ours, beside each of the others, in clips/s."""
+    (_, mine), *others = took.items()
+    for label, t in others:
+        row(what, B / mine, label, B / t, t / mine)
+    if not others:
+        row(what, B / mine)
+
+
+def fake_batch(B, device):
+    x, y = torch.randn(B, 1000, 128, device=device), torch.rand(B, CLASSES, device=device) < 0.02
     return x, y.float()
 
 
-def training_step(model, forward, teachers=(), fused=True, bf16=True):
+def training_step(model, forward, teachers=(), fused=True, precision=None, teacher_precision=None):
     """-> a function of a batch (x, y) that does one step: forward passes, loss, backward, Adam."""
     optimizer = torch.optim.Adam(model.parameters(), 1e-4, train_teacher.BETAS, weight_decay=5e-7, fused=fused)
 
     def step(x, y):
-        with evaluate.autocast(x.device) if bf16 else contextlib.nullcontext():
-            with torch.no_grad():
-                teacher_logits = [teacher(x) for teacher in teachers]
+        with torch.no_grad(), models.autocast(x.device, teacher_precision or precision):
+            teacher_logits = [teacher(x) for teacher in teachers]
+        with models.autocast(x.device, precision):
             z = forward(x)
         if teachers:
             loss, _, _ = distill.cmkd_loss(z, teacher_logits, y, "multi-label")
@@ -214,23 +228,6 @@ def training_step(model, forward, teachers=(), fused=True, bf16=True):
         optimizer.step()
 
     return step
-
-
-def by_default(step, x, y):
-    """The step on a GPU in PyTorch's default float32, without TF32 in matrix products."""
-    torch.set_float32_matmul_precision("highest")
-    step(x, y)
-    torch.set_float32_matmul_precision("high")
-
-
-def first_peak(step, batch):
-    """Do two steps, the first of which compiles: -> the GPU's peak memory in the second, or the process's so far (GiB)."""
-    device = batch[0].device
-    step(*batch)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    step(*batch)
-    return evaluate.peak_memory(device)
 
 
 def matrix_product(device):
@@ -265,74 +262,97 @@ def bench_steps(row, quick, device, folder):
 def steps_of(name, B, rounds, row, device):
     model, batch = ours(name, device), fake_batch(B, device)
     step = training_step(model, model)
-    peak = first_peak(step, batch)
     product, work = matrix_product(device)
-    functions, label = {"ours": partial(step, *batch), "product": product}, ""
+    functions = {"product": product, "ours": partial(step, *batch)}
     if not name.startswith("hybrid"):
         label, other, forward = peer(name, device)
-        functions["peer"] = partial(training_step(other, forward, fused=False), *batch)
-        if device.type == "cuda":
-            plain = training_step(other, forward, fused=False, bf16=False)
-            functions["float32"] = partial(by_default, plain, *batch)
+        functions[label] = partial(training_step(other, forward, fused=False), *batch)
     took = in_turn(functions, rounds, device)
-    ours_took, rate, what = took.pop("ours"), work / took.pop("product"), f"{name}, training step at batch {B}, clips/s"
-    for kind, t in took.items():
-        row(what, B / ours_took, label + (", float32" if kind == "float32" else ""), B / t, t / ours_took)
-    if not took:
-        row(what, B / ours_took)
-    done = 3 * flops(name, batch[0]) / ours_took  # a step is three forward passes
+    rate, done = work / took.pop("product"), 3 * flops(name, batch[0]) / took["ours"]  # a step is three forward passes
+    beside(row, f"{name}, training step at batch {B}, clips/s", B, took)
     row("  TFLOP/s, of a large matrix product's", done / 1e12, "matrix product", rate / 1e12, done / rate)
-    row(PEAK, peak)
+
+
+def bench_patchout(row, quick, device, folder):
+    """A training step of an AST with patchout beside our own without and Hugging Face's."""
+    for name in ["ast-tiny"] if quick else ["ast-tiny", "ast-base"]:
+        model, (label, other, forward) = ours(name, device), peer(name, device)
+        keep = torch.from_numpy(dataset.draw_patches(np.random.default_rng(0), 1000, *PATCHOUT)).to(device)
+        steps = {"ours": training_step(model, partial(model, keep=keep)), "ours without": training_step(model, model)}
+        steps[label] = training_step(other, forward, fused=False)
+        steps_in_turn(f"{name}, patchout 4 40", steps, *sizes(name, quick, device), row, device)
+
+
+def bench_precision(row, quick, device, folder):
+    """A training step in bfloat16 beside float32 (on a GPU: TF32)."""
+    for name in SMALLEST if quick else (*SMALLEST, "ast-base"):
+        model = ours(name, device)
+        steps = {p: training_step(model, model, precision=p) for p in ("bfloat16", "float32")}
+        steps_in_turn(f"{name}, bfloat16", steps, *sizes(name, quick, device), row, device)
+
+
+def steps_in_turn(what, steps, B, rounds, row, device):
+    batch = fake_batch(B, device)
+    took = in_turn({k: partial(step, *batch) for k, step in steps.items()}, rounds, device)
+    beside(row, f"{what}, training step at batch {B}, clips/s", B, took)
 
 
 def bench_kd(row, quick, device, folder):
-    """A distillation step beside the student's alone: the smallest pair, and run_all.sh's, in both directions."""
-    pairs, (product, work) = [SMALLEST, SMALLEST[::-1]], matrix_product(device)
+    """A distillation step beside the student's alone: the smallest pair, and run_all.sh's, in both directions. The teacher's
+    own forward pass: with the batch norms that models.wrap folds, and in bfloat16."""
+    pairs = [SMALLEST, SMALLEST[::-1]]
     if not quick:
         pairs += [("efficientnet-b0", "ast-base"), ("ast-tiny", "efficientnet-b2")]
     for teacher_name, name in pairs:
         B, rounds = sizes(name, quick, device)
-        batch = fake_batch(B, device)
-        model, teacher = ours(name, device), ours(teacher_name, device, train=False).requires_grad_(False)
-        kd, alone = (training_step(model, model, t) for t in ([teacher], []))
-        peak = first_peak(kd, batch)
-        functions = {"kd": partial(kd, *batch), "alone": partial(alone, *batch), "product": product}
-        took = in_turn(functions, rounds, device)
-        what = f"{teacher_name} -> {name}, a step at batch {B}, clips/s"
-        row(what, B / took["kd"], "the student alone", B / took["alone"], took["alone"] / took["kd"])
-        done, rate = (3 * flops(name, batch[0]) + flops(teacher_name, batch[0])) / took["kd"], work / took["product"]
-        row("  TFLOP/s, of a large matrix product's", done / 1e12, "matrix product", rate / 1e12, done / rate)
-        row(PEAK, peak)
+        model, teacher, whole = ours(name, device), ours(teacher_name, device, trains=False), ours(teacher_name, device)
+        precise, rough = (training_step(model, model, [teacher], teacher_precision=p) for p in (None, "bfloat16"))
+        steps = {"": precise, "its teacher in bfloat16": rough, "the student alone": training_step(model, model)}
+        steps_in_turn(f"{teacher_name} -> {name}", steps, B, rounds, row, device)
+        kinds = {"float32": (teacher, "float32"), "bfloat16": (teacher, "bfloat16"), "": (whole.eval(), "float32")}
+        x, _ = fake_batch(B, device)
+        took = in_turn({kind: partial(teach, x, *how) for kind, how in kinds.items()}, 3 * rounds, device)
+        for kind in ("float32", "bfloat16"):
+            what = f"  {teacher_name}'s forward pass, {kind}, clips/s"
+            beside(row, what, B, {kind: took[kind], "not folded, float32": took[""]})
+
+
+@torch.no_grad()
+def teach(x, teacher, precision):
+    with models.autocast(x.device, precision):
+        teacher(x)
 
 
 def bench_loop(row, quick, device, folder):
-    """What the training loop adds to a step: reading, mixup, masks, noise, shift, the watch for NaN."""
+    """What the training loop adds to a step: reading, mixup, masks, noise, shift, the log of its losses and gradient norm."""
     on_gpu = device.type == "cuda"
     B, steps, rounds = (12, 20, 5) if on_gpu else (4, 1, 2) if quick else (12, 1, 7)
-    data = prep_data.FbankDataset(fake_folder(folder, 512, 1), "train")
+    data = dataset.FbankDataset(fake_folder(folder, 512, 1), "train")
     for place in ("disk", "the GPU") if on_gpu else ("disk",):
         if place == "the GPU":
             data.keep_on(device)
         for name in (*SMALLEST, "ast-base") if on_gpu else SMALLEST:
-            flags = ["--data", str(folder), "--model", name, "--batch-size", str(B), "--pretrained", "no"]
-            args = train_teacher.resolve(train_teacher.parser("").parse_args(flags), data)
+            args = settings(data, name, B)
             model, batch = ours(name, device), fake_batch(B, device)
-            step, fault = training_step(model, model), torch.tensor(torch.inf, device=device)
-            epochs = (train_teacher.batches(data, args, epoch, device) for epoch in itertools.count(1))
-            feed = itertools.chain.from_iterable(epochs)
+            step, log = training_step(model, model), torch.zeros(1, train_teacher.COLUMNS_OF_LOG, device=device)
+            epochs = (dataset.batches(data, args, epoch, device) for epoch in itertools.count(1))
+            feed, run = itertools.chain.from_iterable(epochs), argparse.Namespace(model=model, names=[])
 
-            def loop(feed=feed, step=step, fault=fault, model=model):
-                for x, y, _ in itertools.islice(feed, steps):
+            def loop(feed=feed, step=step, log=log, run=run):
+                for x, y, _, _ in itertools.islice(feed, steps):
                     step(x, y)
-                    train_teacher.first_fault(fault, 0, y.sum(), model)
+                    train_teacher.record(run, log, 0, {"loss": y.sum()})
 
-            def alone(step=step, batch=batch):
-                for _ in range(steps):
-                    step(*batch)
-
+            alone = lambda step=step, batch=batch: [step(*batch) for _ in range(steps)]
             took = in_turn({"loop": loop, "alone": alone}, rounds, device)
             a, b = (took[k] / steps for k in ("alone", "loop"))
             row(f"{name}, clips from {place}, the loop's step at batch {B}, s", b, "forward, backward, Adam", a, b / a)
+            seeds = lambda: (
+                np.random.default_rng([0, 1, 2]),
+                torch.Generator(device).manual_seed(1),
+                torch.manual_seed(1),
+            )
+            row("  of which seeding, share (at most 0.01)", in_turn({"": seeds}, 200, device)[""] / b)
 
 
 def bench_hours(row, quick, device, folder):
@@ -342,26 +362,12 @@ def bench_hours(row, quick, device, folder):
     for name, teacher_names in [(m, []) for m in (*cnns, "ast-tiny", b2, ast)] + [(ast, cnns), (b2, ["ast-tiny"])]:
         B = 4 if not on_gpu else 12 if name.startswith("ast") else 24
         model, batch = ours(name, device), fake_batch(B, device)
-        teachers = [ours(t, device, train=False).requires_grad_(False) for t in teacher_names]
+        teachers = [ours(t, device, trains=False) for t in teacher_names]
         step = partial(training_step(model, model, teachers), *batch)
         took = in_turn({"": step}, 20 if on_gpu else 1, device)[""]
         hours += 36_796 * 50 / B * took / 3600
-        what = " + ".join(teacher_names) + (" -> " if teacher_names else "") + name
-        row(f"{what}, clips/s at batch {B}", B / took)
+        row(" + ".join(teacher_names) + " -> " * bool(teacher_names) + f"{name}, clips/s at batch {B}", B / took)
     row("run_all.sh fsd50k, hours of training, computed", hours)
-
-
-def bench_growth(row, quick, device, folder):
-    """The time of a step against batch and frames, and of opening a folder against its clips."""
-    for name in SMALLEST:
-        for B, T in ((2, 500), (4, 500), (8, 500), (4, 250), (4, 1000)):
-            model, batch = ours(name, device, T), fake_batch(B, device, T)
-            took = in_turn({"": partial(training_step(model, model), *batch)}, 2 if quick else 5, device)[""]
-            row(f"{name}, batch {B}, {T} frames, s a step", took)
-    for n in (5_000, 50_000, 500_000):
-        (folder / str(n)).mkdir()
-        fake_folder(folder / str(n), n, 0)
-        row(f"opening {n} clips, s", seconds(prep_data.FbankDataset, folder / str(n), "train"))
 
 
 def bench_scores(row, quick, device, folder):
@@ -389,7 +395,7 @@ def main():
     a = p.parse_args()
     if unknown := set(a.parts) - set(parts):
         p.error(f"unknown part {min(unknown)}: some of {', '.join(parts)}")
-    device, rows = evaluate.setup(a.device), []
+    device, rows = models.setup(a.device), []
 
     def row(what, ours, label="", other=None, ratio=None):
         rows.append({"what": what, "ours": ours, "beside": label, "theirs": other, "ratio": ratio})

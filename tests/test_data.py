@@ -1,7 +1,11 @@
-"""prep_data.py on data as people have it: AudioSet's lists, class folders, odd files; and --check."""
+"""dataset.py: the reader of a prepared folder, the batches of an epoch. prep_data.py on data as people have it: AudioSet's lists,
+class folders, odd files; and --check."""
 
+import csv
 import json
 import pathlib
+import resource
+import shutil
 import tracemalloc
 
 import numpy as np
@@ -9,12 +13,199 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import inside
+from conftest import AST, CNN, forked, inside, write_prepared
 
+import dataset
 import prep_data
+import train_teacher
 
+CPU = torch.device("cpu")
 META = pathlib.Path(__file__).resolve().parents[2] / "shared" / "data" / "meta"
 RNG = np.random.default_rng(0)
+
+
+# ------------------------------------------------------------------------------------------------------ the reader
+
+
+def edit(folder, change):
+    """Rewrite clips.csv: change(row as a dictionary) edits it, and drops the line if it returns False."""
+    with open(folder / "clips.csv", newline="") as f:
+        rows = list(csv.DictReader(f))
+    kept = [r for r in rows if change(r) is not False]
+    dataset.write_csv(folder / "clips.csv", dataset.CLIP_COLUMNS, [r.values() for r in kept])
+
+
+def settings(data, *flags):
+    line = ["--data", str(data.root), "--model", CNN, "--pretrained", "no", *map(str, flags)]
+    return train_teacher.resolve(train_teacher.parser("").parse_args(line), data)
+
+
+def test_a_table_that_somebody_cut_is_used_and_printed_in_one_line(multi, tmp_path, capsys):
+    shutil.copytree(multi, tmp_path / "cut")
+    whole = dataset.FbankDataset(multi, "train")
+    edit(tmp_path / "cut", lambda r: r["id"] not in ("train-0", "train-7"))
+    capsys.readouterr()
+    cut, val = (dataset.FbankDataset(tmp_path / "cut", split) for split in ("train", "val"))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 1 and str(tmp_path / "cut" / "clips.csv") in lines[0] and "edited" in lines[0]
+    assert len(cut) == 46 and len(val) == 12 and "train-7" not in cut.ids
+    assert torch.equal(cut[0][0], whole[1][0]) and torch.equal(cut[6][0], whole[8][0])
+    frames = torch.cat([cut[i][0][: cut.frames[i]] for i in range(46)]).double()  # the statistics are of what is left
+    assert cut.mean == pytest.approx(frames.mean().item(), abs=1e-9)
+    assert cut.std == pytest.approx(frames.std(correction=0).item(), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "column, value, words",
+    [("labels", "7", "class"), ("labels", "x", "line"), ("n_frames", "31", "frames"), ("row", "74", "row 74")],
+)
+def test_an_edit_that_cannot_be_is_one_sentence(multi, tmp_path, column, value, words):
+    shutil.copytree(multi, tmp_path / "bad")
+    edit(tmp_path / "bad", lambda r: r.update({column: value}) if r["id"] == "train-3" else None)
+    with pytest.raises(ValueError, match=words) as error:
+        dataset.FbankDataset(tmp_path / "bad", "train")
+    assert "clips.csv" in str(error.value) and "\n" not in str(error.value)
+
+
+def test_folds_are_numbers(tmp_path):
+    folder = write_prepared(tmp_path / "data", {str(k): k for k in range(1, 12)}, False)
+    for fold in (1, 10, 11):
+        train, held = (dataset.FbankDataset(folder, split, fold) for split in ("train", "eval"))
+        assert len(held) == fold and len(train) == 66 - fold and {i.split("-")[0] for i in held.ids} == {str(fold)}
+    with pytest.raises(ValueError, match="has no fold 12: it has folds 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11"):
+        dataset.FbankDataset(folder, "train", 12)
+    with pytest.raises(ValueError, match="give --fold"):
+        dataset.FbankDataset(folder, "train")
+
+
+def test_audioset_trains_on_both_lists_or_the_balanced_one(tmp_path):
+    counts = {"train-balanced": 5, "train-unbalanced": 9, "eval": 3}
+    folder = write_prepared(tmp_path / "data", counts, True, source="audioset")
+    sizes = {split: len(dataset.FbankDataset(folder, split)) for split in ("train", "train-balanced", "eval")}
+    assert sizes == {"train": 14, "train-balanced": 5, "eval": 3}
+    for recipe, size in (("audioset", 14), ("audioset-bal", 5)):
+        line = ["--data", str(folder), "--model", CNN, "--recipe", recipe]
+        train, val = train_teacher.open_data(train_teacher.parser("").parse_args(line))
+        assert len(train) == size and val is None
+
+
+def test_more_shards_than_open_files_are_allowed(tmp_path, monkeypatch):
+    monkeypatch.setattr(dataset, "SHARD", 1)  # AudioSet has 4,100 shards
+    folder = write_prepared(tmp_path / "data", {"train": 290, "eval": 10}, True, shard=1)
+    limit = lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+    flags = ["--data", folder, "--model", CNN, "--pretrained", "no", "--epochs", 1, "--batch-size", 145]
+    code, output = forked("train_teacher.py", *flags, "--out", tmp_path / "run", before=limit)
+    assert code == 0 and "epoch  1/1" in output, output
+
+
+# ------------------------------------------------------------------------------------------------- batches of an epoch
+
+
+def test_balanced_sampling_draws_classes_alike_and_depends_on_the_epoch(multi):
+    data = dataset.FbankDataset(multi, "train")
+    orders = [dataset.epoch_order(data, 0, e, True) for e in range(1, 400)]
+    drawn = np.bincount(np.concatenate(orders), minlength=len(data)) / sum(map(len, orders))
+    count = (data.labels[:, :, None] == np.arange(3)).sum((0, 1))
+    weights = np.array([sum(1 / (count[c] + 0.01) for c in own if c >= 0) for own in data.labels])
+    assert np.abs(drawn / (weights / weights.sum()) - 1).max() < 0.15
+    plain = [dataset.epoch_order(data, seed, e, False) for seed, e in ((0, 1), (0, 2), (1, 1))]
+    assert all(sorted(order) == list(range(len(data))) for order in plain)
+    assert len({tuple(o) for o in [*plain, *orders[:2]]}) == 5
+
+
+def same_batches(a, b):
+    return all(torch.equal(u, v) for x, y in zip(a, b, strict=True) for u, v in zip(x, y) if u is not None)
+
+
+def test_batches_do_not_depend_on_where_one_starts_or_where_clips_lie(multi):
+    data = dataset.FbankDataset(multi, "train")
+    args = settings(data, "--batch-size", 8)
+    args.patchout = [3, 1]
+    every = list(dataset.batches(data, args, 3, CPU))
+    assert len(every) == 6 and every[0][0].shape == (8, 30, 128) and every[0][1].shape == (8, 3)
+    assert same_batches(every[4:], dataset.batches(data, args, 3, CPU, first=4))
+    kept = dataset.FbankDataset(multi, "train")
+    kept.keep_on(CPU)
+    assert kept.cache is not None and same_batches(every, dataset.batches(kept, args, 3, CPU))
+    assert not same_batches(every, dataset.batches(data, args, 4, CPU))
+    args.seed = 1
+    assert not same_batches(every, dataset.batches(data, args, 3, CPU))
+
+
+def test_torchs_stream_follows_from_the_step(multi):
+    """Stochastic depth draws from it: a resumed run must draw what an undisturbed one does, and another step something else."""
+    data = dataset.FbankDataset(multi, "train")
+    args = settings(data, "--batch-size", 8)
+    drawn = []
+    for _ in dataset.batches(data, args, 1, CPU):
+        drawn.append(torch.rand(4).tolist())
+        torch.rand(len(drawn))  # how much a step draws does not matter
+    assert [torch.rand(4).tolist() for _ in dataset.batches(data, args, 1, CPU, first=2)] == drawn[2:]
+    assert len({tuple(d) for d in drawn}) == 6
+
+
+@pytest.mark.parametrize("mixup", [0, 0.5, 1])
+def test_a_batch_is_what_the_paper_says(multi, mixup):
+    """Clips of the epoch's order, partners, masks, noise and shift of `draw`, undone and compared cell by cell."""
+    data = dataset.FbankDataset(multi, "train")
+    args = settings(data, "--batch-size", 12, "--mixup", mixup, "--freq-mask", 40, "--time-mask", 12)
+    units, padded = [], 0
+    for step, (x, y, mixed, keep) in enumerate(dataset.batches(data, args, 3, CPU)):
+        clips = dataset.epoch_order(data, args.seed, 3, args.balanced)[12 * step : 12 * step + 12]
+        rng = np.random.default_rng([args.seed, 3, step + 1])
+        d = dataset.draw(rng, 12, len(data), mixup, 40, 12, 30)
+        assert keep is None
+        for i, (clip, partner, lam) in enumerate(zip(clips, d["partner"], d["lam"].tolist())):
+            a, n = data[clip][0].double(), data.frames[clip]
+            power = lam**2 * a.exp()
+            if lam < 1:
+                b = (1 - lam) ** 2 * data[partner][0].double().exp()
+                power[: data.frames[partner]] += b[: data.frames[partner]]
+            want = power.log().clamp(min=-15.9424)
+            want[n:] = 0
+            padded += 30 - n
+            torch.testing.assert_close(mixed[i].double(), want, atol=1e-4, rtol=0)
+            want[:, d["f0"][i] : d["f1"][i]] = 0
+            want[d["t0"][i] : d["t1"][i]] = 0
+            noise = x[i].double().roll(-int(d["shift"][i]), 0) - (want - data.mean) / (2 * data.std)
+            assert noise.min() > -1e-5
+            if d["noise"][i] > 0.02:
+                units.append((noise / float(d["noise"][i])).float())
+            hot = torch.zeros(3)
+            for own, share in ((data.labels[clip], lam), (data.labels[partner], 1 - lam)):
+                hot += share * torch.tensor([0.9 if c in own else 0.1 / 3 for c in range(3)])
+            torch.testing.assert_close(y[i], hot)
+        assert (d["lam"] < 1).sum() == {0: 0, 1: 12}.get(mixup, (d["lam"] < 1).sum())
+    units = torch.stack(units).flatten(1)  # U(0, 1), another in every cell of every clip
+    assert padded and units.max() < 1.001 and abs(units.mean() - 0.5) < 0.01 and abs(units.std() - 12**-0.5) < 0.01
+    assert torch.corrcoef(units).fill_diagonal_(0).abs().max() < 0.08
+    assert abs(torch.corrcoef(torch.stack([units[:, :-1].flatten(), units[:, 1:].flatten()]))[0, 1]) < 0.01
+
+
+def test_the_last_short_batch_is_dropped_unless_it_is_the_only_one(multi):
+    data = dataset.FbankDataset(multi, "train")
+    for size, steps, shape in ((20, 2, 20), (48, 1, 48), (100, 1, 48)):
+        args = settings(data, "--batch-size", size)
+        every = list(dataset.batches(data, args, 1, CPU))
+        assert len(every) == steps == dataset.steps_in_epoch(data, args) and every[0][0].shape[0] == shape
+
+
+def test_patches_are_drawn_anew_each_step_and_uniformly(multi, toy):
+    data = dataset.FbankDataset(multi, "train")
+    args = settings(data, "--batch-size", 8)
+    args.model, args.patchout = AST, [5, 1]
+    grid, drawn = np.arange(24).reshape(12, 2), []
+    for epoch in range(1, 25):
+        drawn += [keep.tolist() for _, _, _, keep in dataset.batches(data, args, epoch, CPU)]
+    for keep in drawn:
+        columns = [c for c in range(2) if set(keep) <= set(grid[:, c])]
+        assert len(columns) == 1 and len(keep) == 7 and keep == sorted(keep)  # 7 of 12 rows, 1 of 2 columns
+    assert len(set(map(tuple, drawn))) > 0.9 * len(drawn)
+    share = np.bincount(np.concatenate(drawn), minlength=24) / len(drawn)
+    assert np.abs(share - 7 / 24).max() < 0.12
+
+
+# ---------------------------------------------------------------------------------------------- data as people have it
 
 
 def sound(path, seconds=0.5, rate=16000, channels=1):
@@ -70,13 +261,11 @@ def test_audioset_lists_and_file_names(tmp_path):
     ]
     assert clips["labels"] == ["2", "0;1", "2", "0;1", "2", "2", "0;1"]
     assert sorted(columns(tmp_path / "out" / "skipped.csv")["id"]) == ["missing_aaa", "missing_bbb"]
-    both = prep_data.FbankDataset(tmp_path / "out", "train")
+    both = dataset.FbankDataset(tmp_path / "out", "train")
     assert len(both) == 5 and both.classes == ["Speech, loud", "Dog", "Cat"] and not both.has_val
-    assert len(prep_data.FbankDataset(tmp_path / "out", "train-balanced")) == 4
+    assert len(dataset.FbankDataset(tmp_path / "out", "train-balanced")) == 4
     assert (
-        len(prep_data.FbankDataset(tmp_path / "out", "eval")) == 2
-        and both.source == "audioset"
-        and both.n_frames == 1000
+        len(dataset.FbankDataset(tmp_path / "out", "eval")) == 2 and both.source == "audioset" and both.n_frames == 1000
     )
 
 
@@ -117,7 +306,7 @@ def test_class_folders(tmp_path):
     (tmp_path / "in" / "Küche" / "notes.txt").write_text("no audio")
     said = prep(tmp_path / "in", tmp_path / "out")
     assert "20 clips in 2 class folders; 1 files are no audio" in said and "80/10/10" in said
-    data = {s: prep_data.FbankDataset(tmp_path / "out", s) for s in ("train", "val", "eval")}
+    data = {s: dataset.FbankDataset(tmp_path / "out", s) for s in ("train", "val", "eval")}
     assert {s: len(d) for s, d in data.items()} == {"train": 16, "val": 2, "eval": 2}
     assert data["train"].classes == ["Küche", "a dog's bark"] and data["train"].task == "single-label"
     assert all((label == 1) == ("bark" in name) for d in data.values() for name, label in zip(d.ids, d.labels[:, 0]))
@@ -178,7 +367,7 @@ def test_clips_that_are_shorter_than_they_say_or_very_short(tmp_path):
     with pytest.raises(ValueError, match="sample rate of 2147483647 Hz"):
         prep_data.load_audio(tmp_path / "absurd.wav", 10)
     silence = prep_data.fbank(np.zeros(1600))
-    assert silence.shape == (8, 128) and (silence == prep_data.FLOOR).all()
+    assert silence.shape == (8, 128) and (silence == dataset.FLOOR).all()
 
 
 @pytest.fixture
@@ -229,23 +418,7 @@ def test_training_refuses_a_truncated_shard(sound_folder):
     shard = sound_folder / "fbank-00000.npy"
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(ValueError, match=r"fbank-00000\.npy is damaged"):
-        prep_data.FbankDataset(sound_folder, "train")
-
-
-def test_strict_stops_at_one_unreadable_clip_and_the_rest_goes_on_without(tmp_path):
-    for kind in ("a", "b"):
-        for i in range(12):
-            sound(tmp_path / "in" / kind / f"{i}.wav", 0.4)
-    (tmp_path / "in" / "a" / "3.wav").write_bytes(b"RIFF")
-    said = prep(tmp_path / "in", tmp_path / "strict", "--strict")
-    assert said.startswith("error: ") and "3.wav could not be read" in said and "--strict" in said
-    assert not list((tmp_path / "strict").glob("fbank-*"))
-    good = (tmp_path / "in" / "a" / "4.wav").read_bytes()
-    (tmp_path / "in" / "a" / "3.wav").write_bytes(good)
-    assert "wrote" in prep(tmp_path / "in", tmp_path / "strict", "--strict")
-    (tmp_path / "in" / "a" / "3.wav").write_bytes(b"RIFF")
-    assert "skipped 1" in prep(tmp_path / "in", tmp_path / "loose")
-    assert len(columns(tmp_path / "loose" / "clips.csv")["id"]) == 23
+        dataset.FbankDataset(sound_folder, "train")
 
 
 @pytest.mark.parametrize("flags", [[], ["csv", "--check", "x"]])

@@ -1,26 +1,33 @@
 """What a machine without a GPU can see of the CUDA path: shapes, types and devices of a whole step on tensors that only say they
 are on a GPU (any wait of the host for the device, `.item()` say, raises there), what torch.compile is given, and SyncBatchNorm."""
 
-import math
+import types
 
 import pytest
 import torch
+from conftest import AST, CNN
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+import dataset
 import distill
 import evaluate
 import models
-import prep_data
 import train_teacher
 
 GPU = torch.device("cuda", 0)
-SMALL = "timm:mobilenetv3_small_050"
-NAMES = ["ast-tiny", SMALL, "densenet-121", "hybrid-b0"]
+HYBRID = "hybrid-toy"  # as CNN, small enough to be compiled in a test
+NAMES = [AST, CNN, HYBRID]
+
+
+@pytest.fixture(autouse=True)
+def small(toy, monkeypatch):
+    monkeypatch.setitem(models.MODELS, HYBRID, ("hybrid", CNN.removeprefix("timm:")))
 
 
 def settings(data, name, *flags):
     line = ["--data", str(data.root), "--model", name, "--pretrained", "no", "--batch-size", "12", *flags]
+    line += ["--patchout", "3", "1"] if name == AST else []
     return train_teacher.resolve(train_teacher.parser("").parse_args(line), data)
 
 
@@ -28,7 +35,7 @@ def settings(data, name, *flags):
 def gpu(monkeypatch):
     """Tensors made in here are of no content; what needs a driver is replaced."""
     rand, generator = torch.rand, torch.Generator
-    monkeypatch.setattr(evaluate, "ahead", lambda work, steps, device: map(work, steps))  # the mode knows one thread
+    monkeypatch.setattr(dataset, "prefetch", lambda work, steps, device: map(work, steps))  # the mode knows one thread
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
     monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t)
@@ -40,14 +47,14 @@ def gpu(monkeypatch):
 
 def opened(folder, split, mode, monkeypatch):
     """A data set that reads real clips, into the mode's GPU if they are kept there."""
-    data = prep_data.FbankDataset(folder, split)
-    read = data.fetch
+    data = dataset.FbankDataset(folder, split)
+    read = data.batch
 
-    def fetch(indices):
+    def batch(indices):
         with unset_fake_temporarily() if data.cache is None else mode:
             return read(indices)
 
-    monkeypatch.setattr(data, "fetch", fetch)
+    monkeypatch.setattr(data, "batch", batch)
     return data
 
 
@@ -71,35 +78,35 @@ def built(data, name, **options):
 @pytest.mark.parametrize("name", NAMES)
 def test_a_distillation_step_stays_on_the_gpu(multi, gpu, name, cache, monkeypatch):
     data = opened(multi, "train", gpu, monkeypatch)
-    args = settings(data, name, "--warmup", "0")
-    model, teacher = moved(built(data, name, kd_head=True)).train(), moved(built(data, SMALL)).eval()
+    args = settings(data, name)
+    model, teacher = moved(built(data, name, kd_head=True)).train(), moved(built(data, CNN)).eval()
     teacher.requires_grad_(False)
     if cache == "device":
         data.keep_on(GPU)
-        assert data.cache.device == GPU and data.fetch([3, 1])[0].device == GPU
-    optimizer = train_teacher.make_optimizer(model, args)
-    total, fault = torch.zeros(3, device=GPU), torch.full((), math.inf, device=GPU)
-    for step, (x, y, mixed) in enumerate(train_teacher.batches(data, args, 1, GPU)):
+        assert data.cache.device == GPU and data.batch([3, 1])[0].device == GPU
+    optimizer, run = torch.optim.Adam(model.parameters(), fused=True), types.SimpleNamespace(model=model, names=[])
+    log = torch.zeros(4, train_teacher.COLUMNS_OF_LOG, device=GPU)
+    for step, (x, y, mixed, keep) in enumerate(dataset.batches(data, args, 1, GPU)):
         assert {v.device for v in (x, y, mixed)} == {GPU} and x.shape == (12, data.n_frames, 128)
-        with evaluate.autocast(GPU):
-            with torch.no_grad():
-                teacher_logits = [teacher(x)]
-            logits, kd_logits = model(x, both=True)
+        assert keep is None if name != AST else (keep.device, keep.shape) == (GPU, (9,))  # of 12 rows and 2 columns
+        with torch.no_grad(), models.autocast(GPU):
+            teacher_logits = [teacher(x)]
+        with models.autocast(GPU):
+            logits, kd_logits = model(x, both=True, keep=keep)
         assert {v.dtype for v in (*teacher_logits, logits, kd_logits)} == {torch.float32}
         losses = distill.cmkd_loss(logits, teacher_logits, y, data.task, 0.5, 1.0, kd_logits)
         for p in model.parameters():  # PyTorch's own backward pass wants a driver
             p.grad = torch.empty_like(p)
-        fault = train_teacher.first_fault(fault, step, losses[0], model)
+        train_teacher.record(run, log, step, dict(zip(("loss", "loss_g", "loss_d"), losses)))
         optimizer.step()
-        total += torch.stack(losses).detach()
-    assert step == 3 and total.device == fault.device == GPU
+    assert step == 3 and log.device == GPU and run.names == ["loss", "loss_g", "loss_d", "grad_norm"]
     with pytest.raises(Exception, match="_local_scalar_dense"):
-        total[0].item()  # so the step had none
+        train_teacher.means(run, log)  # waits for the device, so the steps did not
 
 
 def test_predictions_on_the_gpu_have_one_shape(multi, gpu, monkeypatch):
     data, shapes = opened(multi, "eval", gpu, monkeypatch), []
-    model = moved(built(data, "ast-tiny"))
+    model = moved(built(data, AST))
     model.register_forward_pre_hook(lambda _, inputs: shapes.append((tuple(inputs[0].shape), inputs[0].device)))
 
     def arrived(found):
@@ -112,45 +119,51 @@ def test_predictions_on_the_gpu_have_one_shape(multi, gpu, monkeypatch):
     assert shapes == [((5, data.n_frames, 128), GPU)] * 3
 
 
-@pytest.mark.parametrize("free, flag, place", [(1e9, [], "cuda"), (1e6, [], None), (1e6, ["--cache", "device"], "cuda"), (1e9, ["--cache", "disk"], None)])  # fmt: skip
-def test_clips_live_on_the_gpu_where_they_fit(multi, gpu, tmp_path, monkeypatch, capsys, free, flag, place):
-    data = opened(multi, "train", gpu, monkeypatch)  # 48 clips of 100 x 128 x 2 bytes: 1.2 MB
-    args = settings(data, SMALL, "--out", str(tmp_path), *flag)
+@pytest.mark.parametrize("free, flag, place", [(1e9, [], "cuda"), (5e5, [], None), (5e5, ["--cache", "device"], "cuda"), (1e9, ["--cache", "disk"], None)])  # fmt: skip
+def test_clips_live_on_the_gpu_where_they_fit(multi, gpu, monkeypatch, capsys, free, flag, place):
+    data = opened(multi, "train", gpu, monkeypatch)  # 48 clips of 30 x 128 x 2 bytes: 0.4 MB
+    args = settings(data, CNN, *flag)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 8e9))
-    train_teacher.begin_run(args, torch.nn.Linear(2, 2), {}, [{}], data, GPU)
+    train_teacher.place_clips(args, data, GPU)
     assert (data.cache is not None and data.cache.device.type) == (place or False)
     assert ("from cuda memory" if place else "through the page cache") in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_one_graph_for_training_and_one_for_scoring(multi, name, monkeypatch):
-    data = prep_data.FbankDataset(multi, "train")
-    model, plain = models.build_model(name, 3, data.n_frames), torch.nn.Module.compile
+    data = dataset.FbankDataset(multi, "train")
+    model, plain, args = models.build_model(name, 3, data.n_frames), torch.nn.Module.compile, settings(data, name)
     monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **k: plain(m, fullgraph=True, backend="eager", **k))
     torch._dynamo.reset()
     counters.clear()
-    train_teacher.faster(model, settings(data, name), GPU)
+    assert models.wrap(model, args, GPU) is model
     for epoch in range(2):
         model.train()
-        for _ in range(3):
-            sum(model(torch.randn(4, data.n_frames, 128), both=True)).sum().backward()
+        for step in range(3):
+            keep = torch.arange(step, step + 9) if name == AST else None  # patchout draws others each step
+            sum(model(torch.randn(4, data.n_frames, 128), both=True, keep=keep)).sum().backward()
         assert counters["stats"]["unique_graphs"] == epoch + 1
         with torch.no_grad():
             model.eval()(torch.randn(8, data.n_frames, 128))
         assert counters["stats"]["unique_graphs"] == 2
+    teacher = models.build_model(name, 3, data.n_frames).eval().requires_grad_(False)
+    with torch.no_grad():  # its norms are folded first
+        models.wrap(teacher, args, GPU, trains=False)(torch.randn(4, data.n_frames, 128))
+    assert counters["stats"]["unique_graphs"] == 3
     other = models.build_model(name, 3, data.n_frames)
-    assert train_teacher.faster(other, settings(data, name, "--no-compile"), GPU)._compiled_call_impl is None
+    assert models.wrap(other, settings(data, name, "--no-compile"), GPU)._compiled_call_impl is None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["ast-tiny", "efficientnet-b0", "hybrid-b0"])
-def test_compiled_models_compute_the_same(multi, name):
-    data, found = prep_data.FbankDataset(multi, "train"), []
+@pytest.mark.parametrize("name", [AST, "densenet-121", "hybrid-b0"])
+def test_compiled_models_compute_the_same(multi, name, monkeypatch):
+    monkeypatch.setattr(models, "STOCHASTIC_DEPTH", 0.0)  # a compiled model draws other numbers
+    data, found = dataset.FbankDataset(multi, "train"), []
     for flags in (["--no-compile"], []):
         torch.manual_seed(0)
         model = models.build_model(name, 3, data.n_frames).double().train()
         torch.manual_seed(1)
-        z = train_teacher.faster(model, settings(data, name, *flags), GPU)(torch.randn(4, data.n_frames, 128).double())
+        z = models.wrap(model, settings(data, name, *flags), GPU)(torch.randn(4, data.n_frames, 128).double())
         z.square().sum().backward()
         assert (model._compiled_call_impl is None) == bool(flags)
         found.append([z.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
@@ -158,15 +171,15 @@ def test_compiled_models_compute_the_same(multi, name):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", [SMALL, "efficientnet-b0", "densenet-121", "hybrid-b0"])
+@pytest.mark.parametrize("name", ["timm:mobilenetv3_small_050", "densenet-121", CNN, HYBRID])
 def test_synchronised_norms_keep_timms_activations(multi, name, monkeypatch):
-    data = prep_data.FbankDataset(multi, "train")
+    data = dataset.FbankDataset(multi, "train")
     model, x = models.build_model(name, 3, data.n_frames).eval(), torch.randn(2, data.n_frames, 128)
     with torch.no_grad():
         before, names, args = model(x), list(model.state_dict()), settings(data, name)
-        monkeypatch.setattr(evaluate, "ranks", lambda: (0, 2))
-        monkeypatch.setattr(train_teacher, "DistributedDataParallel", lambda m, **_: m)
-        after = train_teacher.wrap(model, args, GPU)
+        monkeypatch.setattr(models, "world", lambda: 2)
+        monkeypatch.setattr(models, "DistributedDataParallel", lambda m, **_: m)
+        after = models.wrap(model, args, GPU)
         assert after is model and list(after.state_dict()) == names
         torch.testing.assert_close(after(x), before, rtol=1e-4, atol=1e-5)
     norms = [m for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
@@ -177,9 +190,9 @@ def test_synchronised_norms_keep_timms_activations(multi, name, monkeypatch):
 @pytest.mark.parametrize("kd_head", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_bfloat16_logits_do_not_tie(name, kd_head):
-    model = models.build_model(name, 3, n_frames=64, kd_head=kd_head).eval()
+    model = models.build_model(name, 3, n_frames=32, kd_head=kd_head).eval()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        z = torch.stack(model(torch.randn(8, 64, 128), both=True))
+        z = torch.stack(model(torch.randn(8, 32, 128), both=True))
     assert z.dtype == torch.float32 and (z.bfloat16().float() != z).float().mean() > 0.9
 
 

@@ -27,10 +27,10 @@ def bernoulli_kl(p, q):
     return p * math.log(p / q) + (1 - p) * math.log((1 - p) / (1 - q))
 
 
-def by_hand(zs, teachers, y, task, lam, tau, zk, combine, kl):
+def by_hand(zs, teachers, y, task, lam, taus, zk, combine, kl):
     """Every teacher's own KL, or that of the averaged logits: the definitions, without the identity the code uses."""
     zs, zk, y = zs.tolist(), zk.tolist(), y.tolist()
-    teachers = [t.tolist() for t in teachers]
+    teachers = [(t / tau).tolist() for t, tau in zip(teachers, taus, strict=True)]
     if combine == "ensemble":
         teachers = [[[sum(t[b][c] for t in teachers) / len(teachers) for c in range(C)] for b in range(B)]]
     if task == "multi-label":
@@ -44,10 +44,10 @@ def by_hand(zs, teachers, y, task, lam, tau, zk, combine, kl):
     for t in teachers:
         for b in range(B):
             if task == "multi-label" and kl == "bernoulli":
-                loss_d += sum(bernoulli_kl(sigmoid(t[b][c] / tau), sigmoid(zk[b][c])) for c in range(C)) / (B * C)
+                loss_d += sum(bernoulli_kl(sigmoid(t[b][c]), sigmoid(zk[b][c])) for c in range(C)) / (B * C)
             else:
-                p, q = softmax([z / tau for z in t[b]]), softmax(zk[b])
-                loss_d += sum(p[c] * math.log(p[c] / q[c]) for c in range(C)) / B
+                p, q = softmax(t[b]), softmax(zk[b])
+                loss_d += sum(p[c] * math.log(p[c] / q[c]) for c in range(C)) / B / (C if task == "multi-label" else 1)
     loss_d /= len(teachers)
     return lam * loss_g + (1 - lam) * loss_d, loss_g, loss_d
 
@@ -59,9 +59,11 @@ def by_hand(zs, teachers, y, task, lam, tau, zk, combine, kl):
 @pytest.mark.parametrize("kd_logits", [None, ZK])
 def test_equals_hand_computation(task, kl, combine, teachers, kd_logits):
     y = SOFT if task == "multi-label" else ONE
-    for lam, tau in ((0.5, 1.0), (0.25, 2.5), (0.0, 0.5), (1.0, 5.0)):
+    each = [2.5, 1.0, 0.5][: len(teachers)]  # one temperature for each teacher
+    for lam, tau in ((0.5, 1.0), (0.25, 2.5), (0.0, 0.5), (1.0, 5.0), (0.3, each)):
         got = cmkd_loss(ZS, teachers, y, task, lam, tau, kd_logits, combine, kl)
-        want = by_hand(ZS, teachers, y, task, lam, tau, ZS if kd_logits is None else kd_logits, combine, kl)
+        taus = tau if tau is each else [tau] * len(teachers)
+        want = by_hand(ZS, teachers, y, task, lam, taus, ZS if kd_logits is None else kd_logits, combine, kl)
         assert [v.item() for v in got] == pytest.approx(want, abs=1e-9)
         assert got[2] >= -1e-12  # a divergence
 
@@ -124,3 +126,8 @@ def test_no_gradient_reaches_the_teacher():
     t = T1.clone().requires_grad_()
     cmkd_loss(ZS.clone().requires_grad_(), t, SOFT, "multi-label")[0].backward()
     assert t.grad is None
+
+
+def test_a_temperature_for_another_number_of_teachers_is_an_error():
+    with pytest.raises(ValueError):
+        cmkd_loss(ZS, [T1, T2], SOFT, "multi-label", tau=[1.0, 2.5, 1.0])

@@ -1,0 +1,569 @@
+"""Why cross-model distillation works (Section 4.3), and the paper's figures.
+
+    python analyze.py robustness exp/demo/*-s0                  # Figure 4: drop of the score on disturbed input
+    python analyze.py robustness CMKD=exp/x/ast-from-cnn-s0 self-KD=exp/x/ast-from-ast-s0 --disturb "time shift"  # Figure 5
+    python analyze.py similarity exp/demo/*-s0                  # Table 6: of predictions and of representations
+    python analyze.py attention exp/demo/ast-tiny*-s0           # Figure 6: mean attention distance by layer
+    python analyze.py curves exp/demo/*-s?                      # Figure 3: learning curves, of runs with --keep-epochs
+    python analyze.py teachers exp/demo/*                       # Figure 2: student against teacher over its epochs
+    torchrun --nproc_per_node=8 analyze.py robustness ...       # only this one is sharded
+
+Each takes checkpoints, or runs (a run's folder stands for its best.pt), prints its numbers, and writes NAME.json, NAME.png and
+NAME.pdf to --out. LABEL=PATH gives a label; the default is the run's name without fold and seed. Checkpoints of one label are
+pooled: mean and sample deviation. A model with a teacher is a solid line, one without is dashed. Scores in JSON are in [0, 1].
+"""
+
+import argparse
+import json
+import math
+import os
+import pathlib
+import re
+
+import numpy as np
+import torch
+
+import dataset
+import evaluate
+import models
+from dataset import N_MELS, STRIDE
+
+LEVELS = {  # disturbance: its levels, and their unit (ours: the paper's levels are in its Figure 4 only)
+    "frequency mask": ((8, 16, 24, 32, 48, 64), "masked mel bins"),
+    "time mask": ((10, 20, 30, 40, 50), "masked frames (%)"),
+    "time shift": ((10, 50, 100, 200, 500), "largest shift (frames of 10 ms)"),
+    "noise": ((0.05, 0.1, 0.2, 0.3, 0.5), "amplitude of the noise"),
+}
+SEEDS = 3  # of a disturbance
+VARIANCE = 0.3  # share of it that SVCCA's directions hold
+FRAME_MS = 10
+
+
+# ----------------------------------------------------------------------------------------------------- checkpoints
+
+
+def parse(items, folders=False):
+    """Arguments [LABEL=]PATH -> [(label or "", path)]: of checkpoints, a run's folder standing for its best.pt, or of runs'
+    `folders`, a checkpoint standing for its run. FileNotFoundError for a path that is not there."""
+    found = []
+    for item in items:
+        label, _, path = item.partition("=") if "=" in item and not os.path.exists(item) else ("", "", item)
+        path = pathlib.Path(path)
+        if folders:
+            path = path.parent if path.is_file() else path
+        elif path.is_dir():
+            path = path / "best.pt"
+        if not (path / "log.jsonl" if folders else path).is_file():
+            what = "run (no log.jsonl)" if folders else "checkpoint"
+            raise FileNotFoundError(
+                f"no {what} at {path}: give the folder of a run that train_teacher.py or distill.py wrote"
+            )
+        found.append((label, path))
+    return found
+
+
+def labels_of(items, pool=True):
+    """The labels of what `parse` found; by default the run's name, to `pool` without fold and seed, with as many folders before
+    it as the runs differ in, and with the checkpoint's name where a run has several here."""
+    runs = [os.path.abspath(path if path.is_dir() else path.parent) for _, path in items]
+    several = len(set(runs)) < len({path for _, path in items})
+    common, labels = os.path.commonpath([os.path.dirname(run) for run in runs]), []
+    for (label, path), run in zip(items, runs):
+        name = os.path.relpath(run, common) + f" {path.stem}" * several
+        labels.append(label or (re.sub(r"(-fold\d+)?(-s\d+)?(?= |$)", "", name) if pool else name))
+    return labels
+
+
+def open_checkpoint(path, args, device):
+    """-> (model on the device, meta, data): what a checkpoint holds, and the split that it is analysed on"""
+    model, meta = models.load_checkpoint(path)
+    data = evaluate.open_for(meta, args.split, args.data)
+    if data.n_frames != meta["n_frames"]:
+        model, _ = models.load_checkpoint(path, data.n_frames)
+    return model.to(device), meta, data
+
+
+def score(model, meta, data, device, label, disturb=None):
+    """The task's main score, in [0, 1]"""
+    p, y = evaluate.predict(model, data, device, meta["mean"], meta["std"], label=label, disturb=disturb)
+    return evaluate.scores(p, y, data.task)[evaluate.MAIN_SCORE[data.task]]
+
+
+def pooled(labels, rows):
+    """{label: its rows (n, ...)}, in the order of the labels"""
+    return {name: np.array([r for label, r in zip(labels, rows) if label == name]) for name in dict.fromkeys(labels)}
+
+
+def spread(rows):
+    """(n, ...) -> mean (...), sample deviation (...): 0 of a single row"""
+    return rows.mean(0), rows.std(0, ddof=1) if len(rows) > 1 else np.zeros(rows.shape[1:])
+
+
+# ----------------------------------------------------------------------------------------------- tables and figures
+
+
+def print_table(header, rows):
+    widths = [max(len(str(line[i])) for line in [header, *rows]) for i in range(len(header))]
+    for line in [header, *rows]:
+        print(str(line[0]).ljust(widths[0]), *(str(v).rjust(w) for v, w in zip(line[1:], widths[1:])), sep="  ")
+    print()
+
+
+def figure(rows, columns, width, height):
+    """A matplotlib figure of this size in inches -> (figure, [axes])"""
+    plt = evaluate.pyplot()
+    plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "pdf.fonttype": 42})
+    fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
+    return fig, list(axes.flat)
+
+
+def draw(ax, i, x, rows, label, taught):
+    """Line i: the mean of rows (n, len(x)) and a band of their deviation -> the mean"""
+    mean, deviation = spread(rows)
+    ax.plot(x, mean, "-o" if taught else "--o", color=f"C{i}", ms=3.5, label=label)
+    ax.fill_between(x, mean - deviation, mean + deviation, color=f"C{i}", alpha=0.2, lw=0)
+    return mean
+
+
+def save(name, content, fig, out):
+    """Write NAME.json, NAME.png and NAME.pdf, the figure with its legend below, and print where."""
+    handles, labels = fig.axes[0].get_legend_handles_labels()
+    if labels:
+        fits = max(
+            1, int(14 * fig.get_figwidth() / (max(map(len, labels)) + 6))
+        )  # 14 letters an inch, and the line before them
+        columns = math.ceil(len(labels) / math.ceil(len(labels) / fits))
+        fig.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    dataset.write_json(out / f"{name}.json", content)
+    for kind in ("png", "pdf"):
+        dataset.atomic_write(out / f"{name}.{kind}", lambda p: fig.savefig(p, dpi=200))
+    fig.clear()
+    print(f"wrote {out / name}.json, .png and .pdf")
+
+
+# ------------------------------------------------------------------------------------------ robustness, Figures 4, 5
+
+
+def disturbance(kind, level, seed, data, device):
+    """disturb(clips) for evaluate.predict: one disturbance of LEVELS, drawn for each clip from (seed, kind, level), so that
+    batches, ranks and checkpoints do not matter. Masks become the normalised 0.0, as in training."""
+    n, T = len(data), data.n_frames
+    rng = np.random.default_rng([seed, list(LEVELS).index(kind), round(1000 * level)])
+    d = {k: np.zeros(n, np.int64) for k in ("f0", "f1", "t0", "t1", "shift", "noise")}
+    if kind == "frequency mask":
+        d["f0"] = rng.integers(N_MELS - level + 1, size=n)
+        d["f1"] = d["f0"] + level
+    elif kind == "time mask":
+        width = round(level / 100 * T)
+        d["t0"] = rng.integers(T - width + 1, size=n)
+        d["t1"] = d["t0"] + width
+    elif kind == "time shift":
+        d["shift"] = rng.integers(-level, level + 1, size=n)
+    else:
+        d["noise"] = np.full(n, level, np.float32)
+    seeds, generator = rng.integers(2**62, size=n).tolist(), torch.Generator(device)
+
+    def disturb(clips):
+        noise = torch.zeros(1, 1, 1, device=device)
+        if kind == "noise":
+            streams = (generator.manual_seed(seeds[i]) for i in clips)
+            noise = torch.stack([torch.rand(T, N_MELS, generator=g, device=device) for g in streams])  # (b, T, F)
+        return {k: torch.from_numpy(v[clips]).to(device) for k, v in d.items()}, noise
+
+    return disturb
+
+
+def drops(path, args, device):
+    """A checkpoint's clean score, and its drop in % by disturbance, {kind: (SEEDS, levels)}: 100 (clean - disturbed) / clean"""
+    model, meta, data = open_checkpoint(path, args, device)
+    clean, drop = score(model, meta, data, device, f"{path}, clean"), {}
+    if not clean > 0:
+        raise ValueError(f"{path} scores {clean} on clean input and has nothing to lose: give a trained checkpoint")
+    for kind in args.disturb:
+        drop[kind] = np.zeros((SEEDS, len(LEVELS[kind][0])))
+        for seed, i in np.ndindex(drop[kind].shape):
+            level = LEVELS[kind][0][i]
+            disturb = disturbance(kind, level, seed, data, device)
+            found = score(model, meta, data, device, f"{path}, {kind} {level}, seed {seed + 1} of {SEEDS}", disturb)
+            drop[kind][seed, i] = 100 * (clean - found) / clean
+    return {"taught": bool(meta.get("teachers")), "score": evaluate.MAIN_SCORE[data.task], "clean": clean, "drop": drop}
+
+
+def robustness(args, device):
+    """Drop of the score by disturbance and level. The deviation is over seeds of the disturbance; where several checkpoints
+    have one label, over them, each the mean of its seeds."""
+    items = parse(args.ckpt)
+    results, lines, content = [drops(path, args, device) for _, path in items], {}, {}
+    if dataset.rank():
+        return
+    labels = labels_of(items)
+    for label, (_, path), r in zip(labels, items, results):
+        content[str(path)] = {"label": label, **r}
+        mine = [s for other, s in zip(labels, results) if other == label]
+        lines[label] = r
+        if len(mine) > 1:
+            means = {kind: np.array([s["drop"][kind].mean(0) for s in mine]) for kind in args.disturb}  # (n, levels)
+            lines[label] = r | {"clean": float(np.mean([s["clean"] for s in mine])), "drop": means}
+    content |= {label: {"label": label, **r} for label, r in lines.items() if labels.count(label) > 1}
+    for entry in content.values():
+        entry["drop"] = {
+            kind: {
+                str(v): {"mean": m, "deviation": s}
+                for v, m, s in zip(LEVELS[kind][0], *map(np.ndarray.tolist, spread(rows)))
+            }
+            for kind, rows in entry["drop"].items()
+        }
+    draw_robustness(lines, args.disturb, content, args.out)
+
+
+def draw_robustness(lines, kinds, content, out):
+    """The tables and the figure, a panel for each disturbance"""
+    few = len(kinds) < 3
+    fig, axes = figure(1 if few else 2, len(kinds) if few else 2, 3.7 * min(2, len(kinds)), 3.4 if few else 5.8)
+    what = " or ".join(sorted({r["score"] for r in lines.values()}))
+    for ax, kind in zip(axes, kinds):
+        (levels, unit), rows = LEVELS[kind], []
+        for i, (label, r) in enumerate(lines.items()):
+            draw(ax, i, levels, r["drop"][kind], label, r["taught"])
+            cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(*spread(r["drop"][kind]))]
+            rows.append([label, f"{100 * r['clean']:.1f}", *cells])
+        print_table([f"drop of {what} (%) by {unit}", "clean", *levels], rows)
+        ax.set(title=f"Random {kind}", xlabel=unit, ylabel=f"drop of {what} (%)")
+        ax.set_xticks(levels, map(str, levels))
+    for ax in axes[len(kinds) :]:
+        ax.set_axis_off()
+    save("robustness", content, fig, out)
+
+
+# ------------------------------------------------------------------------------------------------ similarity, Table 6
+
+
+def correlation(p, q):
+    """The mean over clips of Pearson's r, over the classes, between two models' probabilities (N, C)"""
+    p, q = (v - v.mean(1, keepdims=True) for v in (np.float64(p), np.float64(q)))
+    return float(np.mean((p * q).sum(1) / np.sqrt((p**2).sum(1) * (q**2).sum(1))))
+
+
+def leading(z, variance=VARIANCE):
+    """Representations (N, d) -> (N, k), orthonormal: the first left singular vectors of the centred z that hold this share of
+    its variance (sum of squares)."""
+    u, s, _ = np.linalg.svd(np.float64(z) - np.mean(z, 0, np.float64), full_matrices=False)
+    share = np.cumsum(s**2) / np.sum(s**2)
+    return u[:, : 1 + np.searchsorted(share, variance - 1e-9)]
+
+
+def svcca(u, v):
+    """SVCCA (Raghu et al., 2017) of two models from their `leading` directions (N, k) and (N, k') on the same clips: the mean
+    canonical correlation. Of orthonormal bases these correlations are the singular values of u^T v."""
+    return float(np.linalg.svd(u.T @ v, compute_uv=False).clip(max=1).mean())
+
+
+def predict_with_features(model, meta, data, device, label):
+    """-> probabilities (N, C), representations (N, d), in one pass: what the heads see is model.features(x), for an AST with two
+    heads its two tokens, for a hybrid its frames."""
+    heads = [
+        h for h in (model.mlp_head if isinstance(model, models.AST) else model.head, model.kd_head) if h is not None
+    ]
+    seen = []
+    look = lambda _, z: seen.append(z[0].mean(1) if z[0].ndim == 3 else z[0])  # (b, d)
+    hooks = [head.register_forward_pre_hook(look) for head in heads]
+    p, _ = evaluate.predict(model, data, device, meta["mean"], meta["std"], label=label)
+    for hook in hooks:
+        hook.remove()
+    z = sum(torch.cat(seen[i :: len(heads)]) for i in range(len(heads))) / len(heads)
+    return p, z[: len(data)].cpu().numpy()  # predict fills up the last batch
+
+
+def similarity(args, device):
+    """Matrices of prediction correlation and of SVCCA; in the figure a student and its teacher are boxed."""
+    items, found, known, first = parse(args.ckpt), [], [], None
+    if len(items) < 2:
+        raise ValueError("similarity compares checkpoints, and there is only one: give at least two")
+    for _, path in items:
+        model, meta, data = open_checkpoint(path, args, device)
+        first = first or data
+        if (data.classes, data.task, data.ids) != (first.classes, first.task, first.ids):
+            raise ValueError(
+                f"{path} and {items[0][1]} have other classes or clips: give checkpoints of one data set and fold"
+            )
+        if len(data.classes) < 2:
+            raise ValueError(f"{path} knows one class, and predictions are correlated over classes: it takes two")
+        p, z = predict_with_features(model, meta, data, device, str(path))
+        found.append((p, leading(z)))
+        known.append([os.path.realpath(t) for t in meta["args"].get("teacher", [])])
+    taught = np.array([[os.path.realpath(path) in ours for _, path in items] for ours in known])
+    matrices = {
+        "correlation": np.array([[correlation(p, q) for q, _ in found] for p, _ in found]),
+        "svcca": np.array([[svcca(u, v) for _, v in found] for _, u in found]),
+    }
+    names = labels_of(items, pool=False)
+    for key, matrix in matrices.items():
+        lines = [[f"{i} {name}", *(f"{v:.3f}" for v in row)] for i, (name, row) in enumerate(zip(names, matrix), 1)]
+        print_table([key, *range(1, len(names) + 1)], lines)
+    content = {"checkpoints": [str(path) for _, path in items]} | {k: m.tolist() for k, m in matrices.items()}
+    save("similarity", content, draw_matrices(matrices, names, taught | taught.T), args.out)
+
+
+def draw_matrices(matrices, names, taught):
+    """Heat maps with their numbers, those of a student and its teacher, taught (n, n), in a box"""
+    from matplotlib.patches import Rectangle
+
+    n = len(names)
+    fig, axes = figure(1, 2, 3.5 + 1.3 * n, 1.8 + 0.6 * n)
+    titles = "Prediction correlation (Pearson's r)", f"SVCCA ({VARIANCE:.0%} of the variance)"
+    for ax, title, matrix in zip(axes, titles, matrices.values()):
+        low = matrix.min()
+        ax.imshow(matrix, cmap="Blues", vmin=low - 0.3 * (1 - low) - 1e-6, vmax=1)
+        for i, j in np.ndindex(n, n):
+            color = "w" if matrix[i, j] > (1 + low) / 2 else "k"
+            ax.text(j, i, f"{matrix[i, j]:.3f}", ha="center", va="center", color=color)
+            if taught[i, j]:
+                ax.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, fill=False, ec="C3", lw=1.5))
+        ax.set(title=title, xticks=range(n), yticks=range(n))
+        ax.set_xticklabels(names, rotation=30, ha="right", rotation_mode="anchor")
+        ax.set_yticklabels(names if ax is axes[0] else [])
+        ax.grid(False)
+    return fig
+
+
+# ------------------------------------------------------------------------------------- attention distance, Figure 6
+
+
+def attention_distance(model, meta, data, device, label):
+    """Mean attention distance of each layer, in patches, (L, 2): in time, the mean over clips, heads and queries i of
+    sum_j A_ij |t_i - t_j|, and in frequency.
+
+    The class tokens have no place: they are no queries here, and a softmax over the patches alone is the row of A without
+    their columns, renormalised. Fused attention returns no weights, so q and k are taken from qkv, in float32 and one clip at
+    a time: a batch of AST-Base would be 3 GiB. Only sums are kept.
+    """
+    rows, columns = model.grid
+    f, t = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")  # patches are frequency-major
+    apart = torch.stack([(v.reshape(-1, 1) - v.reshape(1, -1)).abs() for v in (t, f)]).float().to(device)  # (2, N, N)
+    layers = [block.attn for block in model.v.blocks]
+    total, clips = torch.zeros(len(layers), 2, dtype=torch.float64, device=device), [0] * len(layers)
+
+    def add(i, attn, qkv):
+        qkv = qkv.float().unflatten(2, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, b, H, 2 + N, d / H)
+        qkv = qkv[:, : len(data) - clips[i], :, 2:]  # predict fills up the last batch
+        clips[i] += qkv.shape[1]
+        with torch.autocast(device.type, enabled=False):
+            for q, k in zip(attn.q_norm(qkv[0]), attn.k_norm(qkv[1])):
+                a = (attn.scale * q @ k.mT).softmax(-1).mean(0)  # (N, N), of the heads' mean
+                total[i] += (a * apart).sum((1, 2)) / len(a)
+
+    hooks = [a.qkv.register_forward_hook(lambda _, x, qkv, i=i, a=a: add(i, a, qkv)) for i, a in enumerate(layers)]
+    evaluate.predict(model, data, device, meta["mean"], meta["std"], label=label)
+    for hook in hooks:
+        hook.remove()
+    return (total / len(data)).cpu().numpy()
+
+
+def attention(args, device):
+    """Mean attention distance of ASTs by layer"""
+    items, content, taught = parse(args.ckpt), {}, {}
+    labels = labels_of(items)
+    for label, (_, path) in zip(labels, items):
+        model, meta, data = open_checkpoint(path, args, device)
+        if models.family(meta["model"]["name"]) != "ast":
+            raise ValueError(f"{path} is a {meta['model']['name']}, and attention distance is an AST's: give ASTs only")
+        t, f = attention_distance(model, meta, data, device, str(path)).T
+        patches = {"label": label, "time_patches": t.tolist(), "frequency_patches": f.tolist()}
+        content[str(path)] = patches | {"time_ms": (STRIDE * FRAME_MS * t).tolist(), "mel_bins": (STRIDE * f).tolist()}
+        taught[label] = bool(meta.get("teachers"))
+    fig, axes = figure(1, 2, 7.4, 3.4)
+    for ax, key, title, unit in zip(axes, ("mel_bins", "time_ms"), ("Frequency", "Time"), ("mel bins", "ms")):
+        lines = []
+        for i, (label, rows) in enumerate(pooled(labels, [content[str(path)][key] for _, path in items]).items()):
+            x = range(1, rows.shape[1] + 1)
+            lines.append([label, *(f"{v:.1f}" for v in draw(ax, i, x, rows, label, taught[label]))])
+        print_table([f"attention distance in {title.lower()} ({unit}), layer", *x], lines)
+        ax.set(title=title, xlabel="layer", ylabel=f"mean attention distance ({unit})", xticks=x)
+    save("attention", content, fig, args.out)
+
+
+# ------------------------------------------------------------------------------------------ learning curves, Figure 3
+
+
+def read_run(run, label):
+    """What curves draws of a run, from its log.jsonl and args.json; the loss is the one against the labels, Loss_g."""
+    try:
+        log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+        loss, val = [e.get("loss_g", e["loss"]) for e in log], [e["val_score"] for e in log if "val_score" in e]
+    except (ValueError, KeyError, TypeError) as e:
+        raise ValueError(f"{run / 'log.jsonl'} is damaged: leave this run out, or train it again") from e
+    taught = bool(dataset.read_json(run / "args.json").get("teacher"))
+    return {"label": label, "taught": taught, "loss": loss, "val": val, "scores": {}}
+
+
+def thinned(data, n):
+    """The split with n of its clips, evenly spaced: scores of two splits compare only at one size."""
+    keep = np.linspace(0, len(data) - 1, min(n, len(data))).round().astype(int)
+    data.rows, data.frames, data.labels = data.rows[keep], data.frames[keep], data.labels[keep]
+    data.ids = tuple(data.ids[i] for i in keep)
+    return data
+
+
+def score_epochs(run, entry, args, device, keep):
+    """Score ep-NN.pt on train and --split into entry["scores"] {epoch: {"modified", "train", split}}, but for what is there; keep()
+    after each. The training clips are as many as those of --split, without augmentation."""
+    data, n = {}, len(entry["loss"])
+    for epoch in range(1, n + 1):
+        path, known = run / f"ep-{epoch:02d}.pt", entry["scores"].setdefault(str(epoch), {})
+        if path.exists() and known.get("modified") != path.stat().st_mtime:
+            known.clear()  # new, or of a run that was made again
+        missing = [split for split in (args.split, "train") if split not in known]
+        if not missing:
+            continue
+        model, meta = models.load_checkpoint(path)
+        if not data:
+            train = "train-balanced" if meta["args"].get("recipe") == "audioset-bal" else "train"
+            data[args.split] = evaluate.open_for(meta, args.split, args.data)
+            data["train"] = thinned(evaluate.open_for(meta, train, args.data), len(data[args.split]))
+            print(f"{run}: scored on {len(data[args.split])} clips of {args.split} and {len(data['train'])} of {train}")
+        for split in missing:
+            label = f"{run}, epoch {epoch} of {n}, {split}"
+            known[split] = score(model.to(device), meta, data[split], device, label)
+        known["modified"] = path.stat().st_mtime
+        keep()
+
+
+def curves(args, device):
+    """Training loss, and train and eval score by epoch; without ep-NN.pt the validation score of the log instead. The best epoch of
+    each mean is starred. curves.json keeps the scores for a rerun."""
+    items, path = parse(args.ckpt, folders=True), args.out / "curves.json"
+    old = dataset.read_json(path) if path.exists() else {}
+    content, pruned = {}, []
+    for label, (_, run) in zip(labels_of(items), items):
+        entry = content[str(run)] = read_run(run, label)
+        entry["scores"] = old.get(str(run), {}).get("scores", {})
+        epochs = range(1, len(entry["loss"]) + 1)
+        pruned += [run for e in epochs if not (run / f"ep-{e:02d}.pt").exists() and str(e) not in entry["scores"]]
+    panels = {"training loss": lambda c: c["loss"]}
+    if not pruned:
+        for _, run in items:
+            score_epochs(run, content[str(run)], args, device, lambda: dataset.write_json(path, content))
+        for split in ("train", args.split):
+            panels[f"{split} score (%)"] = lambda c, s=split: [
+                100 * c["scores"][str(e + 1)][s] for e in range(len(c["loss"]))
+            ]
+    else:
+        print(
+            f"{pruned[0]} lacks some of its ep-NN.pt (--keep-epochs keeps them): there is no train and {args.split} score"
+        )
+        if all(c["val"] for c in content.values()):
+            panels["validation score (%)"] = lambda c: [100 * v for v in c["val"]]
+    draw_curves(content, panels, args.out)
+
+
+def draw_curves(content, panels, out):
+    """The table and the figure, a panel for each of {y label: function of a run's entry -> values by epoch}"""
+    taught = {c["label"]: c["taught"] for c in content.values()}
+    fig, axes = figure(1, len(panels), 0.8 + 3 * len(panels), 3.4)
+    header, table = (
+        ["", "runs"],
+        {label: [label, sum(c["label"] == label for c in content.values())] for label in taught},
+    )
+    for ax, (title, values) in zip(axes, panels.items()):
+        header += [f"{title}: best", "epoch", "last"]
+        for i, label in enumerate(taught):
+            rows = [values(c) for c in content.values() if c["label"] == label]
+            n = min(map(len, rows))  # the epochs that all runs of the label have
+            mean = draw(ax, i, range(1, n + 1), np.array([row[:n] for row in rows]), label, taught[label])
+            best = int(mean.argmin() if "loss" in title else mean.argmax())
+            if "score" in title:
+                ax.plot(best + 1, mean[best], "*", color=f"C{i}", ms=12, mec="k", mew=0.6, zorder=3)
+            table[label] += [f"{mean[best]:.4g}", best + 1, f"{mean[-1]:.4g}"]
+        ax.set(xlabel="epoch", ylabel=title)
+        ax.xaxis.get_major_locator().set_params(integer=True)
+    if len(axes) == 3:
+        axes[2].sharey(axes[1])
+    print_table(header, list(table.values()))
+    save("curves", content, fig, out)
+
+
+# ------------------------------------------------------------------------------------ teachers over epochs, Figure 2
+
+
+def metrics_of(path, args, device):
+    """metrics-<checkpoint>-<split>.json beside a checkpoint; scored first where it is missing or older"""
+    metrics = path.with_name(f"metrics-{path.stem}-{args.split}.json")
+    if not metrics.exists() or metrics.stat().st_mtime < path.stat().st_mtime:
+        evaluate.score_checkpoints([path], args.split, args.data, device)
+    found = dataset.read_json(metrics)
+    return found | {"score": found[evaluate.MAIN_SCORE[found["task"]]]}
+
+
+def teachers(args, device):
+    """Student against teacher score over the teacher's epochs; students without a teacher are the dashed baselines."""
+    points, baselines = [], {}
+    for label, path in parse(args.ckpt):
+        student = metrics_of(path, args, device)
+        known = dataset.read_json(path.parent / "args.json").get("teacher", [])
+        if not known:
+            baselines.setdefault(student["model"], []).append(student["score"])
+            continue
+        if len(known) > 1 or not os.path.isfile(known[0]):
+            fault = (
+                f"has {len(known)} teachers" if len(known) > 1 else f"has the teacher {known[0]}, which is not there"
+            )
+            raise ValueError(f"{path} {fault}: give students of one teacher, in the folder that they were trained in")
+        teacher = metrics_of(pathlib.Path(known[0]), args, device)
+        points.append({"label": label or f"{teacher['model']} to {student['model']}", "model": student["model"]})
+        points[-1] |= {"checkpoint": str(path), "student_score": student["score"]}
+        points[-1] |= {"teacher": known[0], "teacher_score": teacher["score"], "teacher_epoch": teacher["epoch"]}
+    if not points:
+        raise ValueError("none of these checkpoints has a teacher: give students that distill.py trained")
+    what = evaluate.MAIN_SCORE[student["task"]]
+    content = {"score": what, "points": points, "no_kd": baselines}
+    save("teachers", content, draw_teachers(points, baselines, what), args.out)
+
+
+def draw_teachers(points, baselines, what):
+    """The table and the figure; points of one label and one epoch of the teacher are pooled."""
+    fig, (ax,) = figure(1, 1, 4.8, 4.8)
+    table, colors = [], {}
+    for i, label in enumerate(dict.fromkeys(p["label"] for p in points)):
+        mine = [p for p in points if p["label"] == label]
+        colors.setdefault(mine[0]["model"], f"C{i}")
+        scores = [(100 * p["teacher_score"], 100 * p["student_score"]) for p in mine]
+        by_epoch = sorted(pooled([p["teacher_epoch"] for p in mine], scores).items())
+        (x, dx), (y, dy) = np.transpose([spread(rows) for _, rows in by_epoch])  # (epochs,) each
+        ax.errorbar(x, y, dy, dx, "-o", color=f"C{i}", ms=4, lw=1.2, elinewidth=0.8, label=label)
+        for (epoch, rows), *v in zip(by_epoch, x, dx, y, dy):
+            ax.annotate(f"epoch {epoch}", v[::2], (5, -10), textcoords="offset points", fontsize=7)
+            table.append([label, epoch, len(rows), f"{v[0]:.1f} ± {v[1]:.1f}", f"{v[2]:.1f} ± {v[3]:.1f}"])
+    for name, values in baselines.items():
+        ax.axhline(100 * np.mean(values), ls="--", color=colors.get(name, "k"), lw=1, label=f"{name} without KD")
+        table.append([f"{name} without KD", "", len(values), "", f"{100 * np.mean(values):.1f}"])
+    ends = [min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])]
+    ax.plot(ends, ends, ":", color="0.6", lw=1, label="student = teacher", scalex=False, scaley=False)
+    ax.set(xlabel=f"teacher's {what} (%)", ylabel=f"student's {what} (%)")
+    print_table(["", "teacher's epoch", "runs", f"teacher's {what}", f"student's {what}"], table)
+    return fig
+
+
+def main():
+    verbs = {verb.__name__: verb for verb in (robustness, similarity, attention, curves, teachers)}
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=verbs)
+    p.add_argument("ckpt", nargs="+", metavar="[LABEL=]CKPT", help="checkpoints, or folders of runs")
+    p.add_argument("--out", type=pathlib.Path, default="figures", help="folder of the results (default: %(default)s)")
+    p.add_argument("--split", default="eval", choices=["val", "eval"], help="what to analyse on (default: %(default)s)")
+    p.add_argument(
+        "--data", type=pathlib.Path, help="the prepared folder, where it is not at the place the checkpoint names"
+    )
+    p.add_argument(
+        "--disturb", nargs="+", default=list(LEVELS), choices=LEVELS, help="of robustness (default: all four)"
+    )
+    p.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    args = p.parse_args()
+    device = models.setup(args.device)
+    if dataset.world() > 1 and args.what != "robustness":
+        raise ValueError(f"{args.what} runs in one process: start it with python, not with torchrun")
+    args.out.mkdir(parents=True, exist_ok=True)
+    verbs[args.what](args, device)
+
+
+if __name__ == "__main__":
+    models.command_line(main)
