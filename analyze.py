@@ -1,16 +1,17 @@
 """Why cross-model distillation works (Section 4.3), and the paper's figures.
 
-    python analyze.py robustness exp/demo/*-s0                  # Figure 4: drop of the score on disturbed input
-    python analyze.py robustness CMKD=exp/x/ast-from-cnn-s0 self-KD=exp/x/ast-from-ast-s0 --disturb "time shift"  # Figure 5
-    python analyze.py similarity exp/demo/*-s0                  # Table 6: of predictions and of representations
-    python analyze.py attention exp/demo/ast-tiny*-s0           # Figure 6: mean attention distance by layer
-    python analyze.py curves exp/demo/*-s?                      # Figure 3: learning curves, of runs with --keep-epochs
-    python analyze.py teachers exp/demo/*                       # Figure 2: student against teacher over its epochs
-    torchrun --nproc_per_node=8 analyze.py robustness ...       # only this one is sharded
+    python analyze.py teachers exp/demo/*-s0               # Figure 2: student against teacher over the teacher's epochs
+    python analyze.py curves exp/demo/*-s?                 # Figure 3: learning curves, of runs with --keep-epochs
+    python analyze.py robustness exp/demo/*-s0             # Figure 4: drop of the score on disturbed input
+    python analyze.py robustness --disturb "time shift" CMKD=RUN CMKD=RUN self-KD=RUN ...                   # Figure 5
+    python analyze.py attention exp/demo/ast-tiny*-s0      # Figure 6: mean attention distance by layer
+    python analyze.py similarity exp/demo/*-s0             # Table 6: of predictions and of representations
+    torchrun --nproc_per_node=8 analyze.py robustness ...  # only this one is sharded
 
-Each takes checkpoints, or runs (a run's folder stands for its best.pt), prints its numbers, and writes NAME.json, NAME.png and
-NAME.pdf to --out. LABEL=PATH gives a label; the default is the run's name without fold and seed. Checkpoints of one label are
-pooled: mean and sample deviation. A model with a teacher is a solid line, one without is dashed. Scores in JSON are in [0, 1].
+Each takes checkpoints, or runs (a run's folder stands for its best.pt), prints its numbers, and writes NAME.json,
+NAME.png and NAME.pdf to --out. LABEL=PATH gives a label; the default is the run's name without fold and seed. Checkpoints
+of one label are pooled: mean and sample deviation. A model with a teacher is a solid line, one without is dashed. Scores
+in JSON are in [0, 1].
 """
 
 import argparse
@@ -43,7 +44,7 @@ FRAME_MS = 10
 
 
 def parse(items, folders=False):
-    """Arguments [LABEL=]PATH -> [(label or "", path)]: of checkpoints, a run's folder standing for its best.pt, or of runs'
+    """Arguments [LABEL=]PATH -> [(label or "", path)] of checkpoints, a run's folder standing for its best.pt; or of runs'
     `folders`, a checkpoint standing for its run. FileNotFoundError for a path that is not there."""
     found = []
     for item in items:
@@ -55,16 +56,14 @@ def parse(items, folders=False):
             path = path / "best.pt"
         if not (path / "log.jsonl" if folders else path).is_file():
             what = "run (no log.jsonl)" if folders else "checkpoint"
-            raise FileNotFoundError(
-                f"no {what} at {path}: give the folder of a run that train_teacher.py or distill.py wrote"
-            )
+            raise FileNotFoundError(f"no {what} at {path}: give the folder of a run, as training wrote it")
         found.append((label, path))
     return found
 
 
 def labels_of(items, pool=True):
-    """The labels of what `parse` found; by default the run's name, to `pool` without fold and seed, with as many folders before
-    it as the runs differ in, and with the checkpoint's name where a run has several here."""
+    """The labels of what `parse` found: by default the run's name, to `pool` without fold and seed; with the folders before
+    it that differ, and with the checkpoint's name where one run has several here."""
     runs = [os.path.abspath(path if path.is_dir() else path.parent) for _, path in items]
     several = len(set(runs)) < len({path for _, path in items})
     common, labels = os.path.commonpath([os.path.dirname(run) for run in runs]), []
@@ -102,6 +101,11 @@ def spread(rows):
 # ----------------------------------------------------------------------------------------------- tables and figures
 
 
+def cells(rows):
+    """(n, m) -> m texts, mean ± deviation"""
+    return [f"{m:.1f} ± {s:.1f}" if len(rows) > 1 else f"{m:.1f}" for m, s in zip(*spread(rows))]
+
+
 def print_table(header, rows):
     widths = [max(len(str(line[i])) for line in [header, *rows]) for i in range(len(header))]
     for line in [header, *rows]:
@@ -129,10 +133,8 @@ def save(name, content, fig, out):
     """Write NAME.json, NAME.png and NAME.pdf, the figure with its legend below, and print where."""
     handles, labels = fig.axes[0].get_legend_handles_labels()
     if labels:
-        fits = max(
-            1, int(14 * fig.get_figwidth() / (max(map(len, labels)) + 6))
-        )  # 14 letters an inch, and the line before them
-        columns = math.ceil(len(labels) / math.ceil(len(labels) / fits))
+        fits = int(14 * fig.get_figwidth() / (max(map(len, labels)) + 6))  # 14 letters an inch, 6 for the line
+        columns = math.ceil(len(labels) / math.ceil(len(labels) / max(1, fits)))
         fig.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     dataset.write_json(out / f"{name}.json", content)
     for kind in ("png", "pdf"):
@@ -145,8 +147,8 @@ def save(name, content, fig, out):
 
 
 def disturbance(kind, level, seed, data, device):
-    """disturb(clips) for evaluate.predict: one disturbance of LEVELS, drawn for each clip from (seed, kind, level), so that
-    batches, ranks and checkpoints do not matter. Masks become the normalised 0.0, as in training."""
+    """disturb(clips) for evaluate.predict: one disturbance of LEVELS, drawn for each clip from (seed, kind, level), so
+    that batches, ranks and checkpoints do not matter. Masks become the normalised 0.0, as in training."""
     n, T = len(data), data.n_frames
     rng = np.random.default_rng([seed, list(LEVELS).index(kind), round(1000 * level)])
     d = {k: np.zeros(n, np.int64) for k in ("f0", "f1", "t0", "t1", "shift", "noise")}
@@ -174,7 +176,7 @@ def disturbance(kind, level, seed, data, device):
 
 
 def drops(path, args, device):
-    """A checkpoint's clean score, and its drop in % by disturbance, {kind: (SEEDS, levels)}: 100 (clean - disturbed) / clean"""
+    """A checkpoint's clean score, and by disturbance, (SEEDS, levels), its drop in %: 100 (clean - disturbed) / clean"""
     model, meta, data = open_checkpoint(path, args, device)
     clean, drop = score(model, meta, data, device, f"{path}, clean"), {}
     if not clean > 0:
@@ -190,8 +192,8 @@ def drops(path, args, device):
 
 
 def robustness(args, device):
-    """Drop of the score by disturbance and level. The deviation is over seeds of the disturbance; where several checkpoints
-    have one label, over them, each the mean of its seeds."""
+    """Drop of the score by disturbance and level. The deviation is over seeds of the disturbance; where several
+    checkpoints have one label, over them, each the mean of its seeds."""
     items = parse(args.ckpt)
     results, lines, content = [drops(path, args, device) for _, path in items], {}, {}
     if dataset.rank():
@@ -206,13 +208,8 @@ def robustness(args, device):
             lines[label] = r | {"clean": float(np.mean([s["clean"] for s in mine])), "drop": means}
     content |= {label: {"label": label, **r} for label, r in lines.items() if labels.count(label) > 1}
     for entry in content.values():
-        entry["drop"] = {
-            kind: {
-                str(v): {"mean": m, "deviation": s}
-                for v, m, s in zip(LEVELS[kind][0], *map(np.ndarray.tolist, spread(rows)))
-            }
-            for kind, rows in entry["drop"].items()
-        }
+        by_level = {k: zip(LEVELS[k][0], *map(np.ndarray.tolist, spread(rows))) for k, rows in entry["drop"].items()}
+        entry["drop"] = {k: {str(v): {"mean": m, "deviation": s} for v, m, s in by_level[k]} for k in by_level}
     draw_robustness(lines, args.disturb, content, args.out)
 
 
@@ -225,8 +222,7 @@ def draw_robustness(lines, kinds, content, out):
         (levels, unit), rows = LEVELS[kind], []
         for i, (label, r) in enumerate(lines.items()):
             draw(ax, i, levels, r["drop"][kind], label, r["taught"])
-            cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(*spread(r["drop"][kind]))]
-            rows.append([label, f"{100 * r['clean']:.1f}", *cells])
+            rows.append([label, f"{100 * r['clean']:.1f}", *cells(r["drop"][kind])])
         print_table([f"drop of {what} (%) by {unit}", "clean", *levels], rows)
         ax.set(title=f"Random {kind}", xlabel=unit, ylabel=f"drop of {what} (%)")
         ax.set_xticks(levels, map(str, levels))
@@ -245,26 +241,25 @@ def correlation(p, q):
 
 
 def leading(z, variance=VARIANCE):
-    """Representations (N, d) -> (N, k), orthonormal: the first left singular vectors of the centred z that hold this share of
-    its variance (sum of squares)."""
-    u, s, _ = np.linalg.svd(np.float64(z) - np.mean(z, 0, np.float64), full_matrices=False)
-    share = np.cumsum(s**2) / np.sum(s**2)
-    return u[:, : 1 + np.searchsorted(share, variance - 1e-9)]
+    """Representations (N, d) -> (N, k), orthonormal: the leading left singular vectors of the centred z, as many as hold
+    this share of its variance (sum of squares). From the (d, d) product: N is larger, and a whole SVD slower."""
+    z = np.float64(z) - np.mean(z, 0, np.float64)
+    power, directions = (v[..., ::-1] for v in np.linalg.eigh(z.T @ z))  # largest first
+    k = 1 + np.searchsorted(np.cumsum(power) / power.sum(), variance - 1e-9)
+    return z @ directions[:, :k] / np.sqrt(power[:k])
 
 
 def svcca(u, v):
-    """SVCCA (Raghu et al., 2017) of two models from their `leading` directions (N, k) and (N, k') on the same clips: the mean
-    canonical correlation. Of orthonormal bases these correlations are the singular values of u^T v."""
+    """SVCCA (Raghu et al., 2017) of two models, from the `leading` directions (N, k) and (N, k') of the same clips: the
+    mean canonical correlation. Of orthonormal bases these correlations are the singular values of u^T v."""
     return float(np.linalg.svd(u.T @ v, compute_uv=False).clip(max=1).mean())
 
 
 def predict_with_features(model, meta, data, device, label):
-    """-> probabilities (N, C), representations (N, d), in one pass: what the heads see is model.features(x), for an AST with two
-    heads its two tokens, for a hybrid its frames."""
-    heads = [
-        h for h in (model.mlp_head if isinstance(model, models.AST) else model.head, model.kd_head) if h is not None
-    ]
-    seen = []
+    """-> probabilities (N, C), representations (N, d), in one pass: what the heads see is model.features(x), for an AST
+    with two heads its two tokens, for a hybrid its frames."""
+    heads, seen = [model.mlp_head if isinstance(model, models.AST) else model.head], []
+    heads += [] if model.kd_head is None else [model.kd_head]
     look = lambda _, z: seen.append(z[0].mean(1) if z[0].ndim == 3 else z[0])  # (b, d)
     hooks = [head.register_forward_pre_hook(look) for head in heads]
     p, _ = evaluate.predict(model, data, device, meta["mean"], meta["std"], label=label)
@@ -283,9 +278,7 @@ def similarity(args, device):
         model, meta, data = open_checkpoint(path, args, device)
         first = first or data
         if (data.classes, data.task, data.ids) != (first.classes, first.task, first.ids):
-            raise ValueError(
-                f"{path} and {items[0][1]} have other classes or clips: give checkpoints of one data set and fold"
-            )
+            raise ValueError(f"{path} and {items[0][1]} differ in classes or clips: give one data set's and fold's")
         if len(data.classes) < 2:
             raise ValueError(f"{path} knows one class, and predictions are correlated over classes: it takes two")
         p, z = predict_with_features(model, meta, data, device, str(path))
@@ -333,9 +326,9 @@ def attention_distance(model, meta, data, device, label):
     """Mean attention distance of each layer, in patches, (L, 2): in time, the mean over clips, heads and queries i of
     sum_j A_ij |t_i - t_j|, and in frequency.
 
-    The class tokens have no place: they are no queries here, and a softmax over the patches alone is the row of A without
-    their columns, renormalised. Fused attention returns no weights, so q and k are taken from qkv, in float32 and one clip at
-    a time: a batch of AST-Base would be 3 GiB. Only sums are kept.
+    The class tokens have no place: they are no queries here, and a softmax over the patches alone is the row of A
+    without their columns, renormalised. Fused attention returns no weights, so q and k are taken from qkv, in float32 and
+    one clip at a time: a batch of AST-Base would be 3 GiB. Only sums are kept.
     """
     rows, columns = model.grid
     f, t = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")  # patches are frequency-major
@@ -393,7 +386,7 @@ def read_run(run, label):
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{run / 'log.jsonl'} is damaged: leave this run out, or train it again") from e
     taught = bool(dataset.read_json(run / "args.json").get("teacher"))
-    return {"label": label, "taught": taught, "loss": loss, "val": val, "scores": {}}
+    return {"label": label, "taught": taught, "loss": loss, "val": val}
 
 
 def thinned(data, n):
@@ -405,11 +398,11 @@ def thinned(data, n):
 
 
 def score_epochs(run, entry, args, device, keep):
-    """Score ep-NN.pt on train and --split into entry["scores"] {epoch: {"modified", "train", split}}, but for what is there; keep()
-    after each. The training clips are as many as those of --split, without augmentation."""
-    data, n = {}, len(entry["loss"])
-    for epoch in range(1, n + 1):
-        path, known = run / f"ep-{epoch:02d}.pt", entry["scores"].setdefault(str(epoch), {})
+    """Score ep-NN.pt on train and --split into entry["scores"] {epoch: {"modified", "train", split}}, where they are not
+    there yet; keep() after each. The training clips are as many as those of --split, without augmentation."""
+    data = {}
+    for epoch, known in entry["scores"].items():
+        path = run / f"ep-{epoch:>02}.pt"
         if path.exists() and known.get("modified") != path.stat().st_mtime:
             known.clear()  # new, or of a run that was made again
         missing = [split for split in (args.split, "train") if split not in known]
@@ -422,35 +415,33 @@ def score_epochs(run, entry, args, device, keep):
             data["train"] = thinned(evaluate.open_for(meta, train, args.data), len(data[args.split]))
             print(f"{run}: scored on {len(data[args.split])} clips of {args.split} and {len(data['train'])} of {train}")
         for split in missing:
-            label = f"{run}, epoch {epoch} of {n}, {split}"
+            label = f"{run}, epoch {epoch} of {len(entry['scores'])}, {split}"
             known[split] = score(model.to(device), meta, data[split], device, label)
         known["modified"] = path.stat().st_mtime
         keep()
 
 
 def curves(args, device):
-    """Training loss, and train and eval score by epoch; without ep-NN.pt the validation score of the log instead. The best epoch of
-    each mean is starred. curves.json keeps the scores for a rerun."""
+    """Training loss, and train and eval score by epoch; without ep-NN.pt the validation score of the log instead. The best
+    epoch of each mean is starred. curves.json keeps the scores for a rerun."""
     items, path = parse(args.ckpt, folders=True), args.out / "curves.json"
     old = dataset.read_json(path) if path.exists() else {}
     content, pruned = {}, []
     for label, (_, run) in zip(labels_of(items), items):
         entry = content[str(run)] = read_run(run, label)
-        entry["scores"] = old.get(str(run), {}).get("scores", {})
-        epochs = range(1, len(entry["loss"]) + 1)
-        pruned += [run for e in epochs if not (run / f"ep-{e:02d}.pt").exists() and str(e) not in entry["scores"]]
+        scores = old.get(str(run), {}).get("scores", {})
+        entry["scores"] = {str(e): scores.get(str(e), {}) for e in range(1, len(entry["loss"]) + 1)}
+        for epoch, known in entry["scores"].items():
+            if not (run / f"ep-{epoch:>02}.pt").exists() and not {"train", args.split} <= known.keys():
+                pruned.append(run)
     panels = {"training loss": lambda c: c["loss"]}
     if not pruned:
         for _, run in items:
             score_epochs(run, content[str(run)], args, device, lambda: dataset.write_json(path, content))
         for split in ("train", args.split):
-            panels[f"{split} score (%)"] = lambda c, s=split: [
-                100 * c["scores"][str(e + 1)][s] for e in range(len(c["loss"]))
-            ]
+            panels[f"{split} score (%)"] = lambda c, s=split: [100 * known[s] for known in c["scores"].values()]
     else:
-        print(
-            f"{pruned[0]} lacks some of its ep-NN.pt (--keep-epochs keeps them): there is no train and {args.split} score"
-        )
+        print(f"{pruned[0]} lacks ep-NN.pt (--keep-epochs keeps them): no score on train and {args.split} by epoch")
         if all(c["val"] for c in content.values()):
             panels["validation score (%)"] = lambda c: [100 * v for v in c["val"]]
     draw_curves(content, panels, args.out)
@@ -460,10 +451,8 @@ def draw_curves(content, panels, out):
     """The table and the figure, a panel for each of {y label: function of a run's entry -> values by epoch}"""
     taught = {c["label"]: c["taught"] for c in content.values()}
     fig, axes = figure(1, len(panels), 0.8 + 3 * len(panels), 3.4)
-    header, table = (
-        ["", "runs"],
-        {label: [label, sum(c["label"] == label for c in content.values())] for label in taught},
-    )
+    header = ["", "runs"]
+    table = {label: [label, sum(c["label"] == label for c in content.values())] for label in taught}
     for ax, (title, values) in zip(axes, panels.items()):
         header += [f"{title}: best", "epoch", "last"]
         for i, label in enumerate(taught):
@@ -476,8 +465,9 @@ def draw_curves(content, panels, out):
             table[label] += [f"{mean[best]:.4g}", best + 1, f"{mean[-1]:.4g}"]
         ax.set(xlabel="epoch", ylabel=title)
         ax.xaxis.get_major_locator().set_params(integer=True)
-    if len(axes) == 3:
-        axes[2].sharey(axes[1])
+    limits = [v for ax in axes[1:] for v in ax.get_ylim()]
+    for ax in axes[1:]:  # side by side: the same scale
+        ax.set_ylim(min(limits), max(limits))
     print_table(header, list(table.values()))
     save("curves", content, fig, out)
 
@@ -504,10 +494,10 @@ def teachers(args, device):
             baselines.setdefault(student["model"], []).append(student["score"])
             continue
         if len(known) > 1 or not os.path.isfile(known[0]):
-            fault = (
-                f"has {len(known)} teachers" if len(known) > 1 else f"has the teacher {known[0]}, which is not there"
+            fault = f"{len(known)} teachers" if len(known) > 1 else f"a teacher that is not at {known[0]}"
+            raise ValueError(
+                f"{path} has {fault}: give students of one teacher, in the folder that they were trained in"
             )
-            raise ValueError(f"{path} {fault}: give students of one teacher, in the folder that they were trained in")
         teacher = metrics_of(pathlib.Path(known[0]), args, device)
         points.append({"label": label or f"{teacher['model']} to {student['model']}", "model": student["model"]})
         points[-1] |= {"checkpoint": str(path), "student_score": student["score"]}
@@ -530,15 +520,14 @@ def draw_teachers(points, baselines, what):
         by_epoch = sorted(pooled([p["teacher_epoch"] for p in mine], scores).items())
         (x, dx), (y, dy) = np.transpose([spread(rows) for _, rows in by_epoch])  # (epochs,) each
         ax.errorbar(x, y, dy, dx, "-o", color=f"C{i}", ms=4, lw=1.2, elinewidth=0.8, label=label)
-        for (epoch, rows), *v in zip(by_epoch, x, dx, y, dy):
-            ax.annotate(f"epoch {epoch}", v[::2], (5, -10), textcoords="offset points", fontsize=7)
-            table.append([label, epoch, len(rows), f"{v[0]:.1f} ± {v[1]:.1f}", f"{v[2]:.1f} ± {v[3]:.1f}"])
-    for name, values in baselines.items():
-        ax.axhline(100 * np.mean(values), ls="--", color=colors.get(name, "k"), lw=1, label=f"{name} without KD")
-        table.append([f"{name} without KD", "", len(values), "", f"{100 * np.mean(values):.1f}"])
-    ends = [min(ax.get_xlim()[0], ax.get_ylim()[0]), max(ax.get_xlim()[1], ax.get_ylim()[1])]
-    ax.plot(ends, ends, ":", color="0.6", lw=1, label="student = teacher", scalex=False, scaley=False)
-    ax.set(xlabel=f"teacher's {what} (%)", ylabel=f"student's {what} (%)")
+        for (epoch, rows), *point in zip(by_epoch, x, y):
+            ax.annotate(epoch, point, (4, -10), textcoords="offset points", fontsize=7)
+            table.append([label, epoch, len(rows), *cells(rows)])
+    for name in [name for name in colors if name in baselines]:
+        values = 100 * np.array(baselines[name])
+        ax.axhline(values.mean(), ls="--", color=colors[name], lw=1, label=f"{name} without KD")
+        table.append([f"{name} without KD", "", len(values), "", *cells(values[:, None])])
+    ax.set(xlabel=f"teacher's {what} (%), its epoch beside the point", ylabel=f"student's {what} (%)")
     print_table(["", "teacher's epoch", "runs", f"teacher's {what}", f"student's {what}"], table)
     return fig
 
@@ -550,12 +539,8 @@ def main():
     p.add_argument("ckpt", nargs="+", metavar="[LABEL=]CKPT", help="checkpoints, or folders of runs")
     p.add_argument("--out", type=pathlib.Path, default="figures", help="folder of the results (default: %(default)s)")
     p.add_argument("--split", default="eval", choices=["val", "eval"], help="what to analyse on (default: %(default)s)")
-    p.add_argument(
-        "--data", type=pathlib.Path, help="the prepared folder, where it is not at the place the checkpoint names"
-    )
-    p.add_argument(
-        "--disturb", nargs="+", default=list(LEVELS), choices=LEVELS, help="of robustness (default: all four)"
-    )
+    p.add_argument("--data", type=pathlib.Path, help="the prepared folder (default: the one the checkpoint names)")
+    p.add_argument("--disturb", nargs="+", default=list(LEVELS), choices=LEVELS, help="robustness: default all four")
     p.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     args = p.parse_args()
     device = models.setup(args.device)

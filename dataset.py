@@ -60,9 +60,12 @@ def atomic_write(path, write):
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temporary, path)
-    except OSError as e:
+    except (OSError, RuntimeError) as e:
+        why = e if isinstance(e, OSError) else e.__context__  # torch.save may hide it behind an error of its own
+        if not isinstance(why, OSError):
+            raise
         way_out = "free some disk or fix its permissions, then run the same command again"
-        raise OSError(f"{path} could not be written ({e.strerror or e}): {way_out}") from e
+        raise OSError(f"{path} could not be written ({why.strerror or why}): {way_out}") from e
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -152,8 +155,11 @@ class FbankDataset(torch.utils.data.Dataset):
                 report_edit(self.root / name, now)
         self.source, self.task, self.n_frames = (self.stats[k] for k in ("source", "task", "n_frames"))
         self.listed = self.stats.get("listed", {}).get(split)
-        with open(self.root / "classes.csv", newline="", encoding="utf-8-sig") as f:
-            self.classes = [r["display_name"] for r in csv.DictReader(f)]
+        try:
+            with open(self.root / "classes.csv", newline="", encoding="utf-8-sig") as f:
+                self.classes = [r["display_name"] for r in csv.DictReader(f)]
+        except (KeyError, ValueError, csv.Error) as e:
+            raise ValueError(f"{self.root / 'classes.csv'} is not a table with a column display_name ({e})") from e
         self._read_clips()
         self._check_shards()
 
@@ -178,7 +184,7 @@ class FbankDataset(torch.utils.data.Dataset):
                         values = (int(r[row]), r[id_], own, int(r[n_frames]), float(r[mean]), float(r[var]))
                         for column, value in zip(columns, values):
                             column.append(value)
-        except (ValueError, IndexError, StopIteration) as e:
+        except (ValueError, IndexError, StopIteration, csv.Error) as e:
             where, columns = f"{path} line {lines.line_num}", ",".join(CLIP_COLUMNS)
             raise ValueError(f"{where} does not have the columns {columns} ({e})") from e
         rows, ids, labels, frames, mean, var = columns

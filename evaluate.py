@@ -132,9 +132,8 @@ def check_labels(what, meta, data):
     if meta["task"] != data.task:
         raise ValueError(f"{what} and {data.root} differ in task: {meta['task']} and {data.task}")
     if meta["n_frames"] != data.n_frames:
-        print(
-            f"{what} is for {meta['n_frames']} frames, {data.root} has {data.n_frames}: an AST's positions are resampled"
-        )
+        frames = f"{meta['n_frames']} frames, {data.root} has {data.n_frames}"
+        print(f"{what} is for {frames}: an AST's positions are resampled")
 
 
 def open_for(meta, split, root=None):
@@ -196,8 +195,8 @@ def score_checkpoints(paths, split, root, device):
     dataset.write_json(metrics, finite | facts)  # last: a stage whose metrics are there is complete
     report_absent(positives, data)
     print_scores(found, data.classes, ap, positives)
-    clips = f"{len(data):,} clips" if data.listed in (None, len(data)) else f"{len(data):,} of {data.listed:,} listed clips"
-    print(f"{clips} of {data.root} ({split}) -> {metrics}, {per_class.name}")
+    listed = "" if data.listed in (None, len(data)) else f" of {data.listed:,} listed"
+    print(f"{len(data):,}{listed} clips of {data.root} ({split}) -> {metrics}, {per_class.name}")
 
 
 def short(name, length=40):
@@ -232,9 +231,8 @@ def draw_classes(path, classes, ap, positives):
     plt, order = pyplot(), sorted(np.flatnonzero(positives), key=lambda c: -ap[c])
     columns = max(1, math.ceil(len(order) / 100))
     rows = math.ceil(len(order) / columns)
-    fig, axes = plt.subplots(
-        1, columns, figsize=(1 + 4.5 * columns, 1 + 0.16 * rows), squeeze=False, layout="constrained"
-    )
+    size = (1 + 4.5 * columns, 1 + 0.16 * rows)
+    fig, axes = plt.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
     for ax, at in zip(axes[0], range(0, len(order), max(1, rows))):
         part = order[at : at + rows]
         ax.barh(range(len(part)), [100 * ap[c] for c in part], height=0.7)
@@ -390,7 +388,7 @@ def summary(folder):
     names |= {c: c for g in order for c in sorted(settings[g]) if c not in names}  # last, ep-05, ...
     names = {c: title for c, title in names.items() if any(c in settings[g] for g in order)}
     folds, seeds = (sorted({r[k] for r in every} - {None}) for k in ("fold", "seed"))
-    val = ["val"] * any(r.get("val_score") is not None for r in every)  # of the best epoch: what chooses between settings
+    val = ["val"] * any(r.get("val_score") is not None for r in every)  # of the best epoch: it chooses between settings
     lines = [["run", "student", "M params", "teachers", "runs", *val, *[f"{t} {main}" for t in names.values()], other]]
     for g in order:
         first = next(settings[g][c] for c in names if c in settings[g])
@@ -426,11 +424,7 @@ def draw_curves(folder, score):
             raise ValueError(f"{path} is damaged: remove it, the same table is made without its curve") from e
     if not curves:
         return None
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
     for name, values in curves.items():
         ax.plot(range(1, len(values) + 1), values, "-" if "-from-" in name else "--", label=name)
@@ -467,7 +461,7 @@ def open_taggers(a, device):
         model.to(device)
         if (meta["classes"], meta["task"]) != (first["classes"], first["task"]):
             raise ValueError(f"{path} and {a.ckpt[0]} differ in classes or task: they cannot be an ensemble")
-    window = first["n_frames"] / 100 if a.window is None else a.window
+    window = min(meta["n_frames"] for _, meta in loaded) / 100 if a.window is None else a.window
     hop = window / 2 if a.hop is None else a.hop
     if not 0.1 <= window <= 3600 or not 0.01 <= hop <= window:
         raise ValueError(f"--window {window:g} --hop {hop:g}: a window lasts 0.1 to 3600 s, a hop 0.01 s to one window")
@@ -499,7 +493,7 @@ def tag_file(path, loaded, window, hop, device, bar, frames, embed):
     """
     import prep_data
 
-    spans, found, tags, features = [], [], [], []
+    spans, found, tags, features = [], [], [], 0
     for start, samples in prep_data.stream_audio(path, window, hop):
         mel = prep_data.fbank(samples).half().float().to(device)  # (n, F), rounded as a prepared clip
         end, p = start + len(samples) / dataset.SAMPLE_RATE, 0
@@ -509,7 +503,7 @@ def tag_file(path, loaded, window, hop, device, bar, frames, embed):
             x = dataset.normalise(F.pad(mel, (0, 0, 0, T - len(mel)))[None], meta["mean"], meta["std"])  # (1, T, F)
             with models.autocast(device):
                 logits = (model.frame_logits(x) if frames else model(x)[:, None]).float()  # (1, T', C)
-                features += [model.features(x)[0].float().cpu()] if embed else []
+                features = features + model.features(x)[0].float().cpu().numpy() if embed else None
             p = p + probabilities(logits.mean(1), meta["task"])[0].cpu().numpy() / len(loaded)
         spans.append((start, end))
         found.append(p)
@@ -519,7 +513,7 @@ def tag_file(path, loaded, window, hop, device, bar, frames, embed):
             if till - since > 0.005:  # the next window begins before this one ends
                 tags.append((since, till, q))
         bar.update()
-    return spans, np.stack(found), tags, torch.stack(features).mean(0).numpy() if embed else None
+    return spans, np.stack(found), tags, features / len(spans) if embed else None
 
 
 def tag(a, device):
@@ -583,7 +577,9 @@ def draw_tags(out, path, chosen, classes, tags):
 
     plt, seconds = pyplot(), tags[-1][1]
     every = max(1, round(seconds * 100 / 4000))  # of so many frames one is drawn
-    mel = torch.cat([prep_data.fbank(x)[::every] for _, x in prep_data.stream_audio(path, 60, 60)])
+    mel = torch.zeros(0, dataset.N_MELS)
+    for _, samples in prep_data.stream_audio(path, 10, 10):  # one tensor: many small ones fragment the heap
+        mel = torch.cat([mel, prep_data.fbank(samples)[::every]])
     height = 0.6 + 0.24 * len(chosen)
     fig, (top, low) = plt.subplots(
         2, 1, sharex=True, layout="constrained", figsize=(9, 3 + height), height_ratios=(2.4, height)
@@ -658,18 +654,12 @@ def export_hugging_face(folder, model, meta):
         "label2id": {c: i for i, c in enumerate(classes)}, "fold": meta["args"].get("fold"),
         "problem_type": meta["task"].replace("-", "_") + "_classification",
     }  # fmt: skip
-    audio = {
-        "feature_extractor_type": "ASTFeatureExtractor",
-        "do_normalize": True,
-        "feature_size": 1,
-        "padding_value": 0.0,
-    }
-    audio |= shape | {"mean": meta["mean"], "std": meta["std"], "sampling_rate": meta["sample_rate"]}
+    audio = {"feature_extractor_type": "ASTFeatureExtractor", "feature_size": 1, "padding_value": 0.0}
+    audio |= {"mean": meta["mean"], "std": meta["std"], "do_normalize": True, "return_attention_mask": False}
     state = models.to_hugging_face(models.plain_state(model))
-    dataset.atomic_write(
-        folder / "model.safetensors", lambda p: safetensors.torch.save_file(state, p, metadata={"format": "pt"})
-    )
-    dataset.write_json(folder / "preprocessor_config.json", audio | {"return_attention_mask": False})
+    write = lambda p: safetensors.torch.save_file(state, p, metadata={"format": "pt"})
+    dataset.atomic_write(folder / "model.safetensors", write)
+    dataset.write_json(folder / "preprocessor_config.json", audio | shape | {"sampling_rate": meta["sample_rate"]})
     dataset.write_json(folder / "config.json", config)
 
 
@@ -683,44 +673,32 @@ def export(ckpt, out):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    what = p.add_mutually_exclusive_group(required=True)
-    what.add_argument(
-        "--ckpt", type=pathlib.Path, nargs="+", metavar="FILE", help="score this checkpoint, or the ensemble of several"
-    )
-    what.add_argument(
-        "--average", type=pathlib.Path, metavar="RUN", help="average the weights of a run's epochs into RUN/wa.pt"
-    )
-    what.add_argument(
-        "--summary", type=pathlib.Path, metavar="EXP", help="print the table of all runs of a folder exp/NAME"
-    )
-    p.add_argument("--split", default="eval", choices=["train", "val", "eval"], help="what to score (default: eval)")
-    p.add_argument(
-        "--data", type=pathlib.Path, help="the prepared folder, where it is not at the place the checkpoint names"
-    )
-    p.add_argument("--keep-epochs", action="store_true", help="with --average: do not delete ep-*.pt afterwards")
-    p.add_argument(
-        "--export", type=pathlib.Path, metavar="OUT", help="write model.onnx, or an AST's Hugging Face folder"
-    )
-    t = p.add_argument_group("tags of audio files")
-    t.add_argument("--audio", type=pathlib.Path, nargs="+", metavar="PATH", help="files, or folders of them: tag these")
-    t.add_argument("--top", type=int, default=5, help="how many tags (default: 5)")
-    t.add_argument("--window", type=float, help="seconds (default: the clip length of the checkpoint)")
-    t.add_argument("--hop", type=float, help="seconds between the starts of windows (default: half a window)")
-    t.add_argument("--json", type=pathlib.Path, metavar="OUT", help="file, seconds, tags and windows of each file")
-    t.add_argument(
-        "--plot", type=pathlib.Path, metavar="OUT", help="log-mel and tags over time; OUT-1, OUT-2, ... of several"
-    )
-    t.add_argument("--frames", type=pathlib.Path, metavar="OUT", help="CSV of a CNN's probabilities every 0.32 s")
-    t.add_argument(
-        "--embed", type=pathlib.Path, metavar="OUT", help=".npy of the features (files, d), their names in .txt"
-    )
-    p.add_argument("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    path, one_of = pathlib.Path, p.add_mutually_exclusive_group
+    add = one_of(required=True).add_argument
+    add("--ckpt", type=path, nargs="+", metavar="FILE", help="score this checkpoint, or the ensemble of several")
+    add("--average", type=path, metavar="RUN", help="average the weights of a run's epochs into RUN/wa.pt")
+    add("--summary", type=path, metavar="EXP", help="print the table of all runs of a folder exp/NAME")
+    add = p.add_argument
+    add("--split", default="eval", choices=["train", "val", "eval"], help="what to score (default: eval)")
+    add("--data", type=path, help="the prepared folder, where it is not at the place the checkpoint names")
+    add("--keep-epochs", action="store_true", help="with --average: do not delete ep-*.pt afterwards")
+    add("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
+    add = one_of().add_argument
+    add("--export", type=path, metavar="OUT", help="write model.onnx, or an AST's Hugging Face folder")
+    add("--audio", type=path, nargs="+", metavar="PATH", help="files, or folders of them: tag these")
+    add = p.add_argument_group("tags of audio files").add_argument
+    add("--top", type=int, default=5, help="how many tags (default: 5)")
+    add("--window", type=float, help="seconds (default: the clip length of the checkpoint)")
+    add("--hop", type=float, help="seconds between the starts of windows (default: half a window)")
+    add("--json", type=path, metavar="OUT", help="file, seconds, tags and windows of each file")
+    add("--plot", type=path, metavar="OUT", help="log-mel and tags over time; OUT-1, OUT-2, ... of several files")
+    add("--frames", type=path, metavar="OUT", help="CSV of a CNN's probabilities every 0.32 s")
+    add("--embed", type=path, metavar="OUT", help=".npy of the features (files, d), their names in .txt")
     a = p.parse_args()
     outputs = [f"--{k}" for k in ("window", "hop", "json", "plot", "frames", "embed") if getattr(a, k) is not None]
     if outputs and not a.audio or (a.audio or a.export) and not a.ckpt:
-        raise ValueError(
-            f"{' '.join(outputs) or '--audio and --export'}: give --ckpt{' and --audio' * bool(outputs)} too"
-        )
+        what = " ".join(outputs) or "--audio and --export"
+        raise ValueError(f"{what}: give --ckpt{' and --audio' * bool(outputs)} too")
     if a.summary:
         return summary(a.summary)
     device = models.setup(a.device)

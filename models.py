@@ -677,7 +677,7 @@ def command_line(main):
     """Run a script's main(): an error that a user can fix is one sentence on stderr and exit code 1."""
     signal.signal(signal.SIGTERM, terminated)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # under a locale that is not UTF-8 a class name may have letters it cannot print
+        if hasattr(stream, "reconfigure"):  # a class name may have letters that a locale cannot print
             stream.reconfigure(errors="backslashreplace")
     try:
         main()

@@ -52,6 +52,7 @@ AUDIO = (
 )  # fmt: skip
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "eval": "eval", "test": "eval", "": ""}
 TIMEOUT, WAITS = 60, (1, 2, 4, 8, 16)  # s: of a silent connection, and before the next attempt while nothing new comes
+AGAIN = "run the same command again, it resumes the download, or give --root a copy of the data"
 NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
 DOWNLOADS = {  # facts: place, clips, top folder of the archives, GB of archives, GB while unpacking, GB of audio
     "esc50": ("https://github.com/karolpiczak/ESC-50/archive/", 2000, "ESC-50-master", 0.6, 1.5, 0.9),
@@ -319,13 +320,15 @@ def audio_below(root):
                 with tarfile.open(path, "r:") as tar:
                     while info := tar.next():
                         end = info.offset_data + info.size
-                        if end + tarfile.BLOCKSIZE > size:  # an empty block, at least, is its end
+                        if end > size:
                             raise tarfile.ReadError("unexpected end of data")
                         if info.isreg() and info.name.lower().endswith(AUDIO):
                             count += 1
                             yield f"{path}/{info.name}", (path, info.offset_data, info.size)
                         tar.members.clear()  # or it keeps them all
                         bar.update(before + end - bar.n)
+                    if tar.offset + tarfile.BLOCKSIZE > size:
+                        raise tarfile.ReadError("no end mark")
             except tarfile.TarError as e:
                 print(f"{path} is damaged ({e}): only its first {count} audio files are used; download it again")
 
@@ -339,16 +342,14 @@ def class_folders(root):
     if tops:
         groups = [(SPLITS[top.name.lower()], p) for top in tops for p in sorted(top.iterdir()) if p.is_dir()]
     index = {name: i for i, name in enumerate(sorted({p.name for _, p in groups}))}
-    clips, other = [], 0
+    clips, n_files = [], 0
     for split, folder in groups:
-        for p in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
-            if p.suffix.lower() in AUDIO:
-                clips.append(Clip(p.relative_to(root).as_posix(), str(p), split, "", [index[folder.name]]))
-            else:
-                other += 1
+        files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
+        audio, n_files = [p for p in files if p.suffix.lower() in AUDIO], n_files + len(files)
+        clips += [Clip(p.relative_to(root).as_posix(), str(p), split, "", [index[folder.name]]) for p in audio]
     if len(index) < 2 or not clips:
         raise ValueError(f"{root} holds no class folders with audio: give {root}/CLASS/*.wav, or a table")
-    print(f"{root}: {len(clips)} clips in {len(index)} class folders; {other} files are no audio")
+    print(f"{root}: {len(clips)} clips in {len(index)} class folders; {n_files - len(clips)} files are no audio")
     return [("", name) for name in index], clips if tops else make_split(clips, len(index), root)
 
 
@@ -486,11 +487,10 @@ def download_file(url, path, md5):
                     raise ConnectionError(f"cut after {f.tell()} of {total} bytes")
         except NETWORK as e:
             code, reason = getattr(e, "code", 500), str(e) or type(e).__name__
-            failures = 0 if part.stat().st_size > have else failures
-            if code != 416 and (code < 500 and code != 429 or failures == len(WAITS)):
-                way_out = "the same command resumes the download, or give --root a copy of the data"
-                raise ConnectionError(f"{url} could not be downloaded ({reason}): {way_out}") from e
             if code != 416:  # 416: nothing is left to send
+                failures = 0 if part.stat().st_size > have else failures
+                if (code < 500 and code != 429) or failures == len(WAITS):
+                    raise ConnectionError(f"{url} could not be downloaded ({reason}): {AGAIN}") from e
                 print(f"{path.name}: {reason}; trying again in {WAITS[failures]} s")
                 time.sleep(WAITS[failures])
                 failures += 1
@@ -499,7 +499,7 @@ def download_file(url, path, md5):
             found = hashlib.file_digest(f, "md5").hexdigest()
         if md5 not in (None, found):
             part.unlink()
-            raise ValueError(f"{url} came with MD5 {found}, not {md5}, and was removed: run the same command again")
+            raise ValueError(f"{url} came with MD5 {found}, not {md5}, and was removed: {AGAIN}")
         os.replace(part, path)
 
 
@@ -658,11 +658,11 @@ def make_shards(shards, notes, fingerprint, n_frames, seconds, workers):
 
 
 def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
-    """Write data/<name>/: shards from `workers` processes, then the tables. What is finished already is kept.
+    """Write data/<name>/: shards, each with a note of what was found until all are there, then the tables.
 
-    The list of clips fixes every clip's row, so the bytes depend neither on the workers nor on an interruption. Raises
-    ValueError if `out` holds another preparation or is in use, or if more than 5 % of the clips could not be read; what
-    could is kept, and the same command tries the others again.
+    The list of clips fixes every clip's row, so the bytes depend neither on the workers nor on an interruption. ValueError
+    if `out` holds other clips or is in use, or if more than 5 % of the clips could not be read: the same command tries these
+    again.
     """
     out, n_frames, workers = pathlib.Path(out), round(seconds * 100), workers or dataset.cores()
     missing, clips = [c for c in clips if c.path is None], [c for c in clips if c.path is not None]

@@ -72,7 +72,7 @@ def test_shift_is_circular_and_noise_is_uniform(multi):
     data = dataset.FbankDataset(multi, "eval")
     before, after = disturbed(data, "time shift", 10)
     shifts = [next(s for s in range(-10, 11) if torch.equal(b, a.roll(s, 0))) for a, b in zip(before, after)]
-    assert len(set(shifts)) > 5
+    assert len(set(shifts)) > 5 and min(shifts) < 0 < max(shifts)
     before, after = disturbed(data, "noise", 0.3)
     noise = (after - before).flatten(1)
     assert noise.min() > -1e-6 and noise.max() < 0.3 + 1e-6
@@ -89,14 +89,14 @@ def test_draws_follow_from_seed_and_level_and_clip_alone(multi, kind):
 
 
 class OneFrame(nn.Module):
-    """Logits from one frame, or from the loudest value of each bin, which no circular shift changes; knows the classes' bands."""
+    """Logits from one frame, or from each bin's median over time, which no circular shift changes; knows the classes' bands."""
 
     def __init__(self, frame=None):
         super().__init__()
         self.frame = frame
 
     def forward(self, x):
-        z = x.amax(1) if self.frame is None else x[:, self.frame]  # (B, F)
+        z = x.median(1).values if self.frame is None else x[:, self.frame]  # (B, F)
         return torch.stack([z[:, 16:28].mean(1), z[:, 40:52].mean(1), z[:, 100:].mean(1)], 1)
 
 
@@ -121,8 +121,8 @@ def test_a_full_mask_leaves_a_model_nothing_and_the_drop_is_the_hand_computed_on
     found = drops_of(monkeypatch, OneFrame(), data, list(full), full)
     p, y = evaluate.predict(OneFrame(), data, CPU, META["mean"], META["std"])
     clean = evaluate.scores(p, y, "multi-label")["mAP"]
-    blind = y.mean(0).mean()  # average precision of equal scores is the share of positives
-    assert found["clean"] == clean > blind
+    blind = y.mean(dtype=np.float64)  # average precision of equal scores is the share of positives
+    assert found["clean"] == clean > blind + 0.2
     for kind in full:
         assert found["drop"][kind] == pytest.approx(np.full((3, 1), 100 * (clean - blind) / clean))
 
@@ -257,6 +257,23 @@ def test_attention_distance_equals_loops_over_the_weights(multi, toy):
         assert found[layer] == pytest.approx([time / n, frequency / n], rel=1e-4)
 
 
+def test_a_batch_that_was_filled_up_counts_its_own_clips_only(multi, toy, monkeypatch):
+    torch.manual_seed(0)
+    model, data = models.build_model(AST, 3, 30).eval(), dataset.FbankDataset(multi, "eval")
+    x = dataset.normalise(data.batch(range(len(data)))[0].float(), META["mean"], META["std"])
+
+    def predict(model, *_, filling=0, **__):  # on a GPU the last batch is filled up with zeros
+        with torch.no_grad():
+            return model(nn.functional.pad(x, (0, 0, 0, 0, 0, filling))), None
+
+    for measure in (analyze.attention_distance, lambda *a: analyze.predict_with_features(*a)[1]):
+        found = []
+        for filling in (0, 5):
+            monkeypatch.setattr(evaluate, "predict", lambda *a, n=filling, **k: predict(*a, filling=n, **k))
+            found.append(measure(model, META, data, CPU, ""))
+        assert found[0].shape == found[1].shape and found[1] == pytest.approx(found[0], abs=1e-5)
+
+
 def test_attention_command_line(runs, tmp_path):
     path = runs / "ast-s0" / "best.pt"
     output = inside("analyze.py", "attention", f"no KD={path}", f"again={runs / 'ast-s0'}", "--out", tmp_path)
@@ -293,7 +310,7 @@ def test_curves_score_each_epoch_once_and_fall_back_to_the_log(runs, multi, tmp_
         output = inside("analyze.py", "curves", *folders, "--out", tmp_path / "new")
     finally:
         hidden.rename(runs / "cnn-s0" / "ep-01.pt")
-    assert f"{runs / 'cnn-s0'} lacks some of its ep-NN.pt" in output and "validation score" in output
+    assert f"{runs / 'cnn-s0'} lacks ep-NN.pt" in output and "validation score" in output
     best = np.mean([found[str(runs / f"cnn-s{s}")]["val"] for s in (0, 1)], 0).max()
     assert f"{100 * best:.4g}" in next(line for line in output.splitlines() if line.startswith("cnn "))
     content(tmp_path / "new", "curves")
@@ -343,7 +360,7 @@ def test_errors_are_one_sentence(runs, folds, tmp_path):
         "task": "single-label",
     }
     models.save_checkpoint(other, model, **meta | {"args": meta["args"] | {"fold": 1}})
-    assert "other classes or clips" in fails("similarity", cnn, other)
+    assert "differ in classes or clips" in fails("similarity", cnn, other)
     (tmp_path / "empty").mkdir()
     assert "no checkpoint at" in fails("robustness", tmp_path / "empty")
     assert "no run (no log.jsonl)" in fails("curves", tmp_path / "empty")

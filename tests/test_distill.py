@@ -1,6 +1,7 @@
 """distill.py: what teacher, student and loss receive, every setting of Tables 5 and 7 against a loop written out here, defaults."""
 
 import argparse
+import functools
 import inspect
 import itertools
 import json
@@ -168,37 +169,41 @@ def logits(model, data):
 
 
 @pytest.fixture(scope="module")
-def runs(multi, teachers, tmp_path_factory):
-    """{setting: (folder, spy, output)} of all of them."""
-    folder, found = tmp_path_factory.mktemp("runs"), {}
-    for name, (who, flags, *_) in SETTINGS.items():
+def trained(multi, teachers, tmp_path_factory):
+    """-> a function: setting -> (folder, spy, output) of its run, which it starts once."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    @functools.cache
+    def run(name):
+        who, flags, *_ = SETTINGS[name]
         with pytest.MonkeyPatch.context() as patch:
             flags = ["--teacher", *(teachers[k] for k in who), *flags]
-            found[name] = (folder / name, *distilled(multi, folder / name, patch, flags))
-    return found
+            return folder / name, *distilled(multi, folder / name, patch, flags)
+
+    return run
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_setting_ends_in_the_weights_of_the_loop_written_out(name, runs, multi, teachers):
+def test_a_setting_ends_in_the_weights_of_the_loop_written_out(name, trained, multi, teachers):
     who, *want = SETTINGS[name]
-    data, (folder, _, _) = dataset.FbankDataset(multi, "train"), runs[name]
+    data, (folder, _, _) = dataset.FbankDataset(multi, "train"), trained(name)
     ours = logits(models.load_checkpoint(folder / "last.pt")[0], data)
     theirs = logits(by_hand(data, [teachers[k] for k in who], *want), data)
     torch.testing.assert_close(ours, theirs, atol=2e-3 if name == "mixed precision" else 2e-4, rtol=0)
 
 
-def test_all_settings_end_in_pairwise_different_weights(runs, multi):
+def test_all_settings_end_in_pairwise_different_weights(trained, multi):
     data = dataset.FbankDataset(multi, "train")
-    found = {k: logits(models.load_checkpoint(v[0] / "last.pt")[0], data) for k, v in runs.items()}
+    found = {k: logits(models.load_checkpoint(trained(k)[0] / "last.pt")[0], data) for k in SETTINGS}
     for a, b in itertools.combinations(found, 2):
         limit = 1e-5 if {a, b} == {"ast", "mixed precision"} else 2e-3
         assert (found[a] - found[b]).abs().max() > limit, (a, b)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_what_teacher_student_and_loss_receive(name, runs, multi, teachers):
+def test_what_teacher_student_and_loss_receive(name, trained, multi, teachers):
     who, flags, lam, taus, combine, kl = SETTINGS[name]
-    data, (_, spy, output) = dataset.FbankDataset(multi, "train"), runs[name]
+    data, (_, spy, output) = dataset.FbankDataset(multi, "train"), trained(name)
     args = settings(data, *(["--patchout", 3, 1] if "--patchout" in flags else []))
     batches = list(itertools.chain(*(dataset.batches(data, args, e, CPU) for e in (1, 2))))
     metas = [models.read_checkpoint(teachers[k]) for k in who]
@@ -225,8 +230,9 @@ def test_what_teacher_student_and_loss_receive(name, runs, multi, teachers):
     assert ("has another normalisation: its input is converted" in output) == ("other" in who)
 
 
-def test_the_log_holds_the_terms_of_the_loss(runs):
-    for name, (folder, spy, _) in runs.items():
+def test_the_log_holds_the_terms_of_the_loss(trained):
+    for name in SETTINGS:
+        folder, spy, _ = trained(name)
         epochs = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
         for n, entry in enumerate(epochs):
             want = torch.tensor([v for _, v in spy.losses[2 * n : 2 * n + 2]]).mean(0).tolist()
@@ -235,9 +241,10 @@ def test_the_log_holds_the_terms_of_the_loss(runs):
             assert entry["loss"] == pytest.approx(lam * entry["loss_g"] + (1 - lam) * entry["loss_d"], rel=1e-5)
 
 
-def test_teachers_stay_as_they_are(runs, teachers):
+def test_teachers_stay_as_they_are(trained, teachers):
     """No gradient reaches them, batch norms keep their statistics, and none of it is in the student's files."""
-    for name, (folder, spy, _) in runs.items():
+    for name in SETTINGS:
+        folder, spy, _ = trained(name)
         for path, (_, net) in zip((teachers[k] for k in SETTINGS[name][0]), (m for m in spy.models if not m[0])):
             assert not any(p.requires_grad or p.grad is not None for p in net.parameters())
             fresh, _ = models.load_checkpoint(path)

@@ -2,7 +2,6 @@
 
 import json
 import os
-import pathlib
 import re
 import signal
 import subprocess
@@ -10,12 +9,12 @@ import subprocess
 import pytest
 from conftest import ROOT, inside, write_prepared
 
+import analyze
 import dataset
 import evaluate
 import models
 
-README = pathlib.Path(os.environ.get("PAPER_SECTION") or ROOT / "README.md")
-SECTION = README.read_text(encoding="utf-8").split("## Reproduce the paper")[1].split("\n## ")[0]
+SECTION = (ROOT / "README.md").read_text(encoding="utf-8").split("## Reproduce the paper")[1].split("\n## ")[0]
 BLOCKS = dict(re.findall(r"\n(?:\*\*([^*]+)\*\*|The models)[^`\n]*(?:`[^`\n]*`[^`\n]*)*\n```bash\n([^`]*)```", SECTION))
 LESS = {  # one model of each kind stands for all, two seeds for three, one fold for five
     r"efficientnet-b[26]|densenet-121": "efficientnet-b0",
@@ -40,8 +39,6 @@ def less(text):
 
 def answer(script, *flags):
     """Run one command at toy size in this process: -> its error, or nothing."""
-    if script == "analyze.py" and not (ROOT / script).exists():
-        return ""
     if script in ("train_teacher.py", "distill.py"):
         flags = ["no" if flag == "imagenet" else flag for flag in flags]
         flags += ["--epochs", "1", "--batch-size", "12"]
@@ -98,11 +95,8 @@ def paper(tmp_path_factory):
         patch.setitem(models.MODELS, "efficientnet-b0", ("cnn", "test_efficientnet"))
         patch.setitem(models.MODELS, "hybrid-b0", ("hybrid", "test_efficientnet"))
         patch.setitem(models.MODELS, "ast-tiny", ("ast", "deit_toy_distilled"))
-        if (ROOT / "analyze.py").exists():
-            import analyze
-
-            patch.setattr(analyze, "SEEDS", 1)
-            patch.setattr(analyze, "LEVELS", {k: (v[:1], unit) for k, (v, unit) in analyze.LEVELS.items()})
+        patch.setattr(analyze, "SEEDS", 1)
+        patch.setattr(analyze, "LEVELS", {k: (v[:1], unit) for k, (v, unit) in analyze.LEVELS.items()})
 
         def run(title):
             for before in list(BLOCKS)[: list(BLOCKS).index(title) + 1]:
@@ -173,6 +167,7 @@ def test_the_text_itself_covers_the_tables(tmp_path):
         found = subprocess.run(line, check=True, capture_output=True, text=True, cwd=tmp_path).stdout.splitlines()
         return [tuple(c.split("\t")) for c in found]
 
+    assert len(BLOCKS) == SECTION.count("```bash") == 11
     first = commands("")
     trained = {title: runs(commands(title)[len(first) :]) for title in BLOCKS if title} | {
         "": runs(first[::-1])

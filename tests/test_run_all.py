@@ -117,6 +117,11 @@ def test_after_a_run_with_kept_epochs_only_the_rest_is_done(run_all):
     assert len(scored) == 3 * (2 + 7 + 7)
     together = [c[2:] for c in calls if len(c) == 5]
     assert len(together) == 7 and [f"exp/fsd50k/ast-base-s{s}/wa.pt" for s in range(3)] in together
+    _, again = run_all("fsd50k", SEEDS="0 1 2", ROOT="r")
+    assert again == [
+        *training(again),
+        ["evaluate.py", "--summary", "exp/fsd50k"],
+    ]  # ensembles are not scored again either
 
 
 def test_where_nothing_is_averaged_the_last_epoch_is_scored(run_all):
