@@ -14,6 +14,7 @@ label a clip; ensembles go to exp/<name>/ensemble-<run>/. --ckpt also takes the 
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -453,6 +454,35 @@ def audio_files(paths):
     return files
 
 
+def stream_audio(path, window, hop):
+    """Yield (start in s, (samples,) float32 at 16 kHz): `window` s of an audio file every `hop` s, read blockwise from disk.
+
+    Each window equals prep_data.load_audio of the whole file cut there. The last one ends at the file's end and may be shorter; an
+    end of less than one frame (25 ms) is left out. A file shorter than the window comes once, at its own length.
+    Raises what load_audio raises, also in the middle of the file, and ValueError for a file shorter than one frame.
+    """
+    import prep_data
+
+    Hz = dataset.SAMPLE_RATE
+    n, x, second = round(window * Hz), torch.empty(0), 0  # x: in memory, from this second of the file on
+    with prep_data.open_audio(path) as f:
+        rate = prep_data.usable_rate(f.samplerate)
+        for i in itertools.count():
+            start = round(i * hop * Hz)
+            done = min(max(0, start // Hz - 1 - second), len(x) // rate)
+            second, x = second + done, x[done * rate :]  # for the filter a second before the window, and one after it
+            lacking = ((start + n) // Hz + 2 - second) * rate - len(x)
+            x = torch.cat([x, prep_data.read_mono(f, max(0, lacking))])
+            y = prep_data.resampler(f.samplerate)(x) if len(x) and f.samplerate != Hz else x
+            y = y[start - second * Hz :]
+            if len(y) >= 400:
+                yield start / Hz, y[:n]
+            elif i == 0:
+                raise ValueError("shorter than one frame of 25 ms" if len(x) else "no samples")
+            if len(y) <= n:  # the file's end
+                return
+
+
 def open_taggers(a, device):
     """The checkpoints of --ckpt, window and hop in s; ValueError for flags that do not fit them."""
     loaded = [models.load_checkpoint(path) for path in a.ckpt]
@@ -489,12 +519,12 @@ def tag_file(path, loaded, window, hop, device, bar, frames, embed):
     """-> spans [(start, end)] in s and probabilities (W, C) of the windows, frame tags [(start, end, probabilities (C,))] that
     follow each other, features (d,); the last two where they are wanted.
 
-    CNNs and hybrids take a window at its own length, an AST pads it to its own. Errors are those of prep_data.stream_audio.
+    CNNs and hybrids take a window at its own length, an AST pads it to its own. Errors are those of stream_audio.
     """
     import prep_data
 
     spans, found, tags, features = [], [], [], 0
-    for start, samples in prep_data.stream_audio(path, window, hop):
+    for start, samples in stream_audio(path, window, hop):
         mel = prep_data.fbank(samples).half().float().to(device)  # (n, F), rounded as a prepared clip
         end, p = start + len(samples) / dataset.SAMPLE_RATE, 0
         for model, meta in loaded:
@@ -578,7 +608,7 @@ def draw_tags(out, path, chosen, classes, tags):
     plt, seconds = pyplot(), tags[-1][1]
     every = max(1, round(seconds * 100 / 4000))  # of so many frames one is drawn
     mel = torch.zeros(0, dataset.N_MELS)
-    for _, samples in prep_data.stream_audio(path, 10, 10):  # one tensor: many small ones fragment the heap
+    for _, samples in stream_audio(path, 10, 10):  # one tensor: many small ones fragment the heap
         mel = torch.cat([mel, prep_data.fbank(samples)[::every]])
     height = 0.6 + 0.24 * len(chosen)
     fig, (top, low) = plt.subplots(

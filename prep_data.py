@@ -19,7 +19,6 @@ import functools
 import hashlib
 import http.client
 import io
-import itertools
 import math
 import multiprocessing
 import os
@@ -181,32 +180,6 @@ def load_audio(path, seconds, member=None):
     return (x if rate == SAMPLE_RATE else resampler(rate)(x))[: round(seconds * SAMPLE_RATE)]
 
 
-def stream_audio(path, window, hop):
-    """Yield (start in s, (samples,) float32 at 16 kHz): `window` s of an audio file every `hop` s, read blockwise from disk.
-
-    Each window equals load_audio of the whole file cut there. The last one ends at the file's end and may be shorter; an
-    end of less than one frame (25 ms) is left out. A file shorter than the window comes once, at its own length.
-    Raises what load_audio raises, also in the middle of the file, and ValueError for a file shorter than one frame.
-    """
-    n, x, second = round(window * SAMPLE_RATE), torch.empty(0), 0  # x: in memory, from this second of the file on
-    with open_audio(path) as f:
-        rate = usable_rate(f.samplerate)
-        for i in itertools.count():
-            start = round(i * hop * SAMPLE_RATE)
-            done = min(max(0, start // SAMPLE_RATE - 1 - second), len(x) // rate)
-            second, x = second + done, x[done * rate :]  # for the filter a second before the window, and one after it
-            lacking = ((start + n) // SAMPLE_RATE + 2 - second) * rate - len(x)
-            x = torch.cat([x, read_mono(f, max(0, lacking))])
-            y = resampler(f.samplerate)(x) if len(x) and f.samplerate != SAMPLE_RATE else x
-            y = y[start - second * SAMPLE_RATE :]
-            if len(y) >= 400:
-                yield start / SAMPLE_RATE, y[:n]
-            elif i == 0:
-                raise ValueError("shorter than one frame of 25 ms" if len(x) else "no samples")
-            if len(y) <= n:  # the file's end
-                return
-
-
 # ------------------------------------------------------------------------------------------------------------ datasets
 # Each returns (classes [(mid, name)], clips [Clip]): what is there, before any is read.
 
@@ -247,8 +220,8 @@ def read_table(path, columns, numbers=()):
 def esc(root, ten):
     """ESC-50's official layout; ESC-10 is the rows whose esc10 column is True."""
     columns, audio = ["filename", "fold", "target", "category", "esc10"], root / "audio"
-    rows = read_table(root / "meta" / "esc50.csv", columns, ["fold", "target"])
-    rows = [r for r in rows if not ten or r["esc10"] == "True"]
+    table = read_table(root / "meta" / "esc50.csv", columns, ["fold", "target"])
+    rows = [r for r in table if not ten or r["esc10"] == "True"]
     names = {r["target"]: r["category"] for r in rows}
     index = {target: i for i, target in enumerate(sorted(names))}
     clips = [Clip(r["filename"], str(audio / r["filename"]), "", r["fold"], [index[r["target"]]]) for r in rows]
@@ -274,8 +247,8 @@ def audioset(root):
     """AudioSet's official lists and class_labels_indices.csv in root, the audio anywhere below it, by id: files, or members
     of (WebDataset) tar archives.
 
-    Names of files: ID, YID, ID_30.000, ID_30000_40000, any ending. Splits train-balanced, train-unbalanced and eval: split
-    'train' is both training lists. Missing videos are normal: they have no path here and a line in skipped.csv.
+    Names of files: ID, YID, ID_30.000, ID_30000_40000, any ending. Splits train-balanced, train-unbalanced (together 'train')
+    and eval. Missing videos are normal: they have no path here and a line in skipped.csv.
     """
     names = root / "class_labels_indices.csv"
     classes = [(r["mid"], r["display_name"]) for r in read_table(names, ["mid", "display_name"])]
@@ -342,14 +315,14 @@ def class_folders(root):
     if tops:
         groups = [(SPLITS[top.name.lower()], p) for top in tops for p in sorted(top.iterdir()) if p.is_dir()]
     index = {name: i for i, name in enumerate(sorted({p.name for _, p in groups}))}
-    clips, n_files = [], 0
+    clips = []
     for split, folder in groups:
-        files = sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith("."))
-        audio, n_files = [p for p in files if p.suffix.lower() in AUDIO], n_files + len(files)
-        clips += [Clip(p.relative_to(root).as_posix(), str(p), split, "", [index[folder.name]]) for p in audio]
+        for p in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO):
+            if p.is_file() and not p.name.startswith("."):
+                clips.append(Clip(p.relative_to(root).as_posix(), str(p), split, "", [index[folder.name]]))
     if len(index) < 2 or not clips:
         raise ValueError(f"{root} holds no class folders with audio: give {root}/CLASS/*.wav, or a table")
-    print(f"{root}: {len(clips)} clips in {len(index)} class folders; {n_files - len(clips)} files are no audio")
+    print(f"{root}: {len(clips)} audio files in {len(index)} class folders")
     return [("", name) for name in index], clips if tops else make_split(clips, len(index), root)
 
 
@@ -703,8 +676,8 @@ def write_tables(out, facts, classes, clips, missing, notes):
     absent = [(c.id, "", f"not there ({c.split})") for c in missing]  # of AudioSet, where that is normal
     write_csv(out / "skipped.csv", ["id", "path", "reason"], skipped + absent)
     if skipped:
-        what = f"{len(skipped)} of {len(clips)} clips could not be read, the first: {skipped[0][1]}: {skipped[0][2]}"
-        what += f"; {out / 'skipped.csv'} names all"
+        first = f"{skipped[0][1]}: {skipped[0][2]}; {out / 'skipped.csv'} names all"
+        what = f"{len(skipped)} of {len(clips)} clips could not be read, the first: {first}"
         if len(skipped) > 0.05 * len(clips):
             raise ValueError(f"{what}. The rest is kept: fix the files, and the same command reads them again")
         print(what)
@@ -751,7 +724,7 @@ def main():
     if a.check:
         return check(a.check)
     seconds, list_clips = DATASETS[a.dataset]
-    seconds, out = a.clip_seconds if a.clip_seconds is not None else seconds, a.out or pathlib.Path("data") / a.dataset
+    seconds, out = a.clip_seconds if a.clip_seconds is not None else seconds, a.out or path("data") / a.dataset
     if a.workers is not None and a.workers < 1:
         raise ValueError(f"--workers {a.workers}: give 1 or more")
     if not 0.16 <= seconds <= 3600:

@@ -135,9 +135,10 @@ def test_every_figure_is_drawn(paper):
 
 
 def test_a_block_again_trains_and_scores_nothing(paper):
-    for title in ("Table 3", "Table 13"):
+    for title in ("Table 3", "Table 9", "Table 13"):
         work, _ = paper(title)
-        assert {c[:2] for c in run_block(title, work)} <= {("evaluate.py", "--summary")}
+        again = {c[:2] for c in run_block(title, work) if title != "Table 9" or c[0] == "evaluate.py"}
+        assert again <= {("evaluate.py", "--summary")}  # in Table 9 each training says that it is done
 
 
 def test_table_9_skips_what_the_first_block_did(paper):

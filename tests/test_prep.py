@@ -23,6 +23,7 @@ from conftest import command, ended, forked, inside
 from torchaudio.compliance import kaldi
 
 import dataset
+import evaluate
 import prep_data
 
 ROOT = pathlib.Path(prep_data.__file__).resolve().parent
@@ -544,7 +545,7 @@ def test_windows_of_a_long_file_equal_the_whole(tmp_path, rate, channels):
     soundfile.write(tmp_path / "x.wav", x, rate, subtype="FLOAT" if channels == 1 else "PCM_16")
     whole = prep_data.load_audio(tmp_path / "x.wav", 1000)
     for window, hop in ((2.0, 2.0), (3.0, 0.77), (0.5, 3.0), (10.0, 1.0), (20.0, 5.0)):
-        found = list(prep_data.stream_audio(tmp_path / "x.wav", window, hop))
+        found = list(evaluate.stream_audio(tmp_path / "x.wav", window, hop))
         for i, (start, samples) in enumerate(found):
             at = round(i * hop * 16000)
             assert start == at / 16000 and samples.dtype == torch.float32
@@ -555,7 +556,7 @@ def test_windows_of_a_long_file_equal_the_whole(tmp_path, rate, channels):
 
 
 def test_windows_of_odd_files(tmp_path):
-    stream = lambda n, window=1.0, hop=1.0: list(prep_data.stream_audio(sound(n), window, hop))
+    stream = lambda n, window=1.0, hop=1.0: list(evaluate.stream_audio(sound(n), window, hop))
 
     def sound(n):
         soundfile.write(tmp_path / "x.flac", np.full(n, 0.1), 16000)
@@ -568,11 +569,11 @@ def test_windows_of_odd_files(tmp_path):
     with pytest.raises(ValueError, match="shorter than one frame"):
         stream(399)
     with pytest.raises(FileNotFoundError):
-        next(prep_data.stream_audio(tmp_path / "gone.wav", 1, 1))
+        next(evaluate.stream_audio(tmp_path / "gone.wav", 1, 1))
     x = np.zeros(5 * 16000, np.float32)
     x[-1] = np.nan
     soundfile.write(tmp_path / "nan.wav", x, 16000, subtype="FLOAT")
-    windows = prep_data.stream_audio(tmp_path / "nan.wav", 1, 1)
+    windows = evaluate.stream_audio(tmp_path / "nan.wav", 1, 1)
     assert next(windows)[0] == 0
     with pytest.raises(ValueError, match="not finite"):
         list(windows)

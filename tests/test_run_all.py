@@ -18,7 +18,9 @@ script=${1##*/} out= ckpt=; shift
 while [ $# -gt 0 ]; do
   case $1 in
     --out | --average) out=$2 ;;
-    --ckpt) ckpt=${2##*/} out=${2%/*} ;;
+    --ckpt)
+      ckpt=${2##*/} out=${2%/*}
+      [ $# -eq 2 ] || out=${out%/*}/ensemble-$(basename "${out%-s*}") ;; # as evaluate.py names it
   esac
   shift
 done

@@ -174,9 +174,8 @@ def test_plateau_is_that_of_torch_and_rises_with_the_score():
 
 @pytest.fixture(scope="module")
 def teacher(multi, toy, tmp_path_factory):
-    """A run by the real command line."""
     out = tmp_path_factory.mktemp("exp") / "teacher"
-    output = command("train_teacher.py", "--data", multi, "--model", CNN, "--out", out, *TINY)
+    output = inside("train_teacher.py", "--data", multi, "--model", CNN, "--out", out, *TINY)
     assert "epoch  2/2" in output and str(out) in output
     return out
 
@@ -193,7 +192,7 @@ def test_a_run_leaves_its_files_and_repeats_bit_for_bit(teacher, multi, tmp_path
     train = dataset.FbankDataset(multi, "train")
     assert (best["mean"], best["std"], best["sample_rate"]) == (train.mean, train.std, 16000)
     assert best["data"] == str(multi.resolve()) and best["args"]["seed"] == 0 and best["model"]["name"] == CNN
-    inside("train_teacher.py", "--data", multi, "--model", CNN, "--out", tmp_path / "again", *TINY)
+    command("train_teacher.py", "--data", multi, "--model", CNN, "--out", tmp_path / "again", *TINY)
     assert same(weights(teacher / "last.pt"), weights(tmp_path / "again" / "last.pt"))
     assert epochs == log(tmp_path / "again")
     inside("train_teacher.py", "--data", multi, "--model", CNN, "--out", tmp_path / "other", "--seed", 1, *TINY)
