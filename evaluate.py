@@ -317,7 +317,7 @@ def average_run(run, device, keep_epochs=False):
             )
         model, meta = models.load_checkpoint(epochs[args["epochs"]])
         if args["average"] == "val":
-            total, best = None, -1.0
+            total = best = None
             data = open_for(meta, "val")
             model.to(device)
             for n, epoch in enumerate(sorted(epochs, reverse=True), 1):
@@ -327,7 +327,7 @@ def average_run(run, device, keep_epochs=False):
                     model, data, device, meta["mean"], meta["std"], label=f"average {epoch}-{args['epochs']}"
                 )
                 score = scores(p, y, data.task)[MAIN_SCORE[data.task]]
-                if score > best:
+                if best is None or score > best:
                     start, best, state = epoch, score, as_weights(total)
             print(f"{run}: epochs {start}-{args['epochs']} are best on val, {MAIN_SCORE[data.task]} {100 * best:.2f}")
         else:

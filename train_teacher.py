@@ -323,7 +323,7 @@ def finish_epoch(run, log, seconds, clips):
             evaluate.report_absent(found["positives"], run.val)
         entry |= {f"val_{k}": found[k] for k in ("mAP", "mAUC", "d_prime", "accuracy")}
         entry["val_score"] = found[evaluate.MAIN_SCORE[run.val.task]]
-        best = entry["val_score"] > max((e["val_score"] for e in run.history), default=-1.0)
+        best = not run.history or entry["val_score"] > max(e["val_score"] for e in run.history)
         val = f"  val {evaluate.MAIN_SCORE[run.val.task]} {100 * entry['val_score']:.2f}{' *' if best else ''}"
     run.history.append(entry)
     run.log = run.log[:0]
