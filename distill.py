@@ -39,10 +39,8 @@ def cmkd_loss(
     in q, so it is one cross-entropy against the mean probability less the mean entropy. 'ensemble' averages the logits, the
     reading of "averaged predictions" that differs: averaged probabilities would have the same gradient as Multi-Loss.
     """
-    zs, zk, y = (
-        z if z.dtype == torch.float64 else z.float()
-        for z in (student_logits, student_logits if kd_logits is None else kd_logits, targets)
-    )
+    wide = lambda z: z if z.dtype == torch.float64 else z.float()
+    zs, zk, y = wide(student_logits), wide(student_logits if kd_logits is None else kd_logits), wide(targets)
     zt = teacher_logits if isinstance(teacher_logits, (list, tuple)) else [teacher_logits]
     taus = tau if isinstance(tau, (list, tuple)) else [tau] * len(zt)
     zt = torch.stack([z.detach().to(zk.dtype) / t for z, t in zip(zt, taus, strict=True)])  # (n, B, C)

@@ -63,8 +63,8 @@ stop() { # a pre-emption or Ctrl-C: the stage finishes its step and saves
 }
 child=
 trap stop TERM INT
-python_n() { # on several GPUs through torchrun
-  if [ "${GPUS:-1}" -gt 1 ]; then "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" "$@"; else "$PYTHON" "$@"; fi
+python_n() { # on several GPUs through torchrun; exec, in the shell that a stage is, or a signal would end at that shell
+  if [ "${GPUS:-1}" -gt 1 ]; then exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" "$@"; else exec "$PYTHON" "$@"; fi
 }
 run_of() { echo "$EXP/${1//:/-}${2:+-from-${2//:/-}}$tail"; } # MODEL [TEACHERS joined by +]
 

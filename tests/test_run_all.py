@@ -250,14 +250,18 @@ def test_usage(run_all, args):
     assert "bash run_all.sh demo" in done.stdout or args[0] in done.stderr
 
 
+@pytest.mark.parametrize("stage", ["prepare", "train"])
 @pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_script_reaches_the_stage(tmp_path, sent):
-    stage = """#!/usr/bin/env bash
+def test_a_signal_to_the_script_reaches_the_stage(tmp_path, sent, stage):
+    if stage == "train":
+        (tmp_path / "data" / "demo").mkdir(parents=True)
+        (tmp_path / "data" / "demo" / "stats.json").touch()
+    stand_in = """#!/usr/bin/env bash
 trap 'echo saved > saved; exit 143' TERM
 touch started
 while true; do sleep 0.05; done
 """
-    (tmp_path / "python").write_text(stage)
+    (tmp_path / "python").write_text(stand_in)
     (tmp_path / "python").chmod(0o755)
     # a process started in the background ignores SIGINT, and a script below it could not trap it
     line = ["env", "--default-signal=INT", "bash", ROOT / "run_all.sh", "demo"]
