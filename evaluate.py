@@ -62,10 +62,11 @@ def scores(predictions, targets, task):
     hot = targets > 0.5
     positives = hot.sum(0)
     ap, auc = np.full(len(positives), np.nan), np.full(len(positives), np.nan)
-    for c in np.flatnonzero(positives):
-        ap[c] = average_precision_score(hot[:, c], predictions[:, c])
-        if positives[c] < len(hot):
-            auc[c] = roc_auc_score(hot[:, c], predictions[:, c])
+    some, both = positives > 0, (positives > 0) & (positives < len(hot))
+    if some.any():
+        ap[some] = average_precision_score(hot[:, some], predictions[:, some], average=None)
+    if both.any():
+        auc[both] = roc_auc_score(hot[:, both], predictions[:, both], average=None)
     mean_auc = float(np.nanmean(auc)) if np.isfinite(auc).any() else math.nan
     return {
         "mAP": float(np.nanmean(ap)) if len(ap[positives > 0]) else math.nan,
