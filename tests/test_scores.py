@@ -243,15 +243,18 @@ def test_class_names_of_every_kind_under_a_locale_that_is_not_utf8(tmp_path):
 
 def test_data_that_nobody_may_write_to(multi):
     """A user who may read the data but not write there scores it; and is told where scores cannot be written."""
-    if os.getuid() == 0 and any(p.stat().st_mode & 5 != 5 for p in pathlib.Path(sys.prefix, "lib").parents):
-        pytest.skip(f"run by root, and 'nobody' may not read {sys.prefix}")
     with tempfile.TemporaryDirectory() as folder:
         folder = pathlib.Path(folder)
         root = shutil.copytree(multi, folder / "data")
         path, other = (checkpoint(folder / name / "best.pt", root) for name in ("run", "locked"))
         for where, mode in ((folder, 0o755), (root, 0o555), (path.parent, 0o777), (other.parent, 0o555)):
             os.chmod(where, mode)
-        nobody = lambda: os.getuid() or os.setuid(65534)  # root may write anywhere
+
+        def nobody():
+            evaluate.draw_classes = lambda *_: None  # matplotlib and its fonts may lie where only root can read
+            if os.getuid() == 0:  # who may write anywhere
+                os.setuid(65534)
+
         code, output = forked("evaluate.py", "--ckpt", path, before=nobody)
         assert code == 0 and written(path.parent)["clips"] == 14, output
         code, output = forked("evaluate.py", "--ckpt", other, before=nobody)
