@@ -64,12 +64,13 @@ class Spy:
     """What every model and the loss received, in the order of the calls."""
 
     def __init__(self, patch):
-        self.teacher, self.student, self.losses, self.models = [], [], [], []
+        self.teacher, self.student, self.losses, self.models, self.hooks = [], [], [], [], []
         loss, wrap = distill.cmkd_loss, models.wrap
 
         def spied_wrap(model, args, device, trains=True):
             net = wrap(model, args, device, trains)
-            net.register_forward_hook(self.seen(self.student if trains else self.teacher), with_kwargs=True)
+            see = self.seen(self.student if trains else self.teacher)
+            self.hooks.append(net.register_forward_hook(see, with_kwargs=True))
             self.models.append((trains, net))
             return net
 
@@ -96,6 +97,8 @@ def distilled(multi, out, patch, flags, model=AST):
     spy = Spy(patch)
     output = inside("distill.py", "--data", multi, "--model", model, "--out", out, *TINY, "--lr", LR, *flags)
     assert not output.startswith("error"), output
+    for hook in spy.hooks:  # other tests may call these models later
+        hook.remove()
     return spy, output
 
 
