@@ -53,7 +53,8 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 TIMEOUT, WAITS = 60, (1, 2, 4, 8, 16)  # s: of a silent connection, and before the next attempt while nothing new comes
 AGAIN = "run the same command again, it resumes the download, or give --root a copy of the data"
 NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
-DOWNLOADS = {  # facts: place, clips, top folder of the archives, GB of archives, GB while unpacking, GB of audio
+# place, clips, top folder of the archives, GB of archives, GB while unpacking, GB of audio (computed or estimated, not measured)
+DOWNLOADS = {
     "esc50": ("https://github.com/karolpiczak/ESC-50/archive/", 2000, "ESC-50-master", 0.6, 1.5, 0.9),
     "fsd50k": ("https://zenodo.org/records/4060432/files/", 51197, None, 24.7, 43.9, 34.4),
 }
