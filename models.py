@@ -12,6 +12,7 @@ one, `model(x)` is the mean of the two. `model.features(x)` gives the representa
 """
 
 import atexit
+import gc
 import itertools
 import os
 import pathlib
@@ -676,6 +677,7 @@ def terminated(*_):
 def command_line(main):
     """Run a script's main(): an error that a user can fix is one sentence on stderr and exit code 1."""
     signal.signal(signal.SIGTERM, terminated)
+    atexit.register(gc.freeze)  # or the interpreter spends a second or two on collecting all of torch as it ends
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a class name may have letters that a locale cannot print
             stream.reconfigure(errors="backslashreplace")

@@ -46,9 +46,7 @@ import dataset
 from dataset import N_MELS, SAMPLE_RATE, SHARD, VERSION, atomic_write, crc32, read_json, write_csv, write_json
 
 CHUNK = 16  # clips that a worker takes at a time
-AUDIO = (
-    ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".m4a", ".mp4", ".webm",
-)  # fmt: skip
+AUDIO = tuple(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .au .caf .w64 .m4a .mp4 .webm".split())
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "eval": "eval", "test": "eval", "": ""}
 TIMEOUT, WAITS = 60, (1, 2, 4, 8, 16)  # s: of a silent connection, and before the next attempt while nothing new comes
 AGAIN = "run the same command again, it resumes the download, or give --root a copy of the data"
@@ -70,9 +68,7 @@ ARCHIVES = {  # {data set: {archive: {ending of a part: MD5}}}; GitHub makes its
         "FSD50K.eval_audio": {"z01": "3090670eaeecc013ca1ff84fe4442aeb", "zip": "6fa47636c3a3ad5c7dfeba99f2637982"},
     },
 }  # fmt: skip
-DEMO_CLASSES = [
-    "am_tone", "bell", "chirp_down", "chirp_up", "clicks", "fm_tone", "harmonic_stack", "noise_band", "noise_burst", "tone",
-]  # fmt: skip
+DEMO_CLASSES = "am_tone bell chirp_down chirp_up clicks fm_tone harmonic_stack noise_band noise_burst tone".split()
 # path: None if listed, but not found; fold: '' if none; labels: class indices; member: in a tar, (its path, first byte, bytes)
 Clip = collections.namedtuple("Clip", "id path split fold labels member", defaults=[None])
 
@@ -286,8 +282,8 @@ def audio_below(root):
     files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
     yield from ((path, None) for path in files if path.lower().endswith(AUDIO))
     sizes = {path: os.path.getsize(path) for path in files if path.lower().endswith(".tar")}
-    total, what = sum(sizes.values()), f"listing {len(sizes)} tar files"
-    with tqdm(desc=what, total=total, unit="B", unit_scale=True, disable=not sizes) as bar:
+    total = {"total": sum(sizes.values()), "unit": "B", "unit_scale": True}
+    with tqdm(desc=f"listing {len(sizes)} tar files", **total, disable=not sizes) as bar:
         for path, size in sizes.items():
             count, before = 0, bar.n
             try:
@@ -339,8 +335,8 @@ def own_table(table):
         split = r.get("split", "").strip().lower()
         if split not in SPLITS:
             raise ValueError(f"{table} line {r['line']}: unknown split '{split}': use train, val or eval")
-        path = str(table.parent / r["path"])
-        clips.append(Clip(r["path"], path, SPLITS[split], r.get("fold", ""), [index[v] for v in own]))
+        at, own = str(table.parent / r["path"]), [index[v] for v in own]
+        clips.append(Clip(r["path"], at, SPLITS[split], r.get("fold", ""), own))
     for column in ("split", "fold"):
         empty = [r["line"] for r, c in zip(rows, clips) if getattr(c, column) == ""]
         if 0 < len(empty) < len(clips):
@@ -398,20 +394,20 @@ def demo_sound(rng, kind, n):
     white[(hz < f) | (hz > f * rng.uniform(1.3, 2))] = 0
     x = np.fft.irfft(white, n)
     x /= np.abs(x).max() + 1e-9
-    return x if kind == "noise_band" else x * (np.sin(2 * np.pi * rng.uniform(2, 5) * t) > 0.3)
+    return x if kind == "noise_band" else x * (np.sin(2 * np.pi * rng.uniform(4, 10) * t) > 0.3)
 
 
 def demo(root):
-    """Write the demo's audio and its table to root: clips of 2 s, 1 to 3 of ten synthetic sounds over a noise floor."""
+    """Write the demo's audio and its table to root: clips of 1 s, 1 to 3 of ten synthetic sounds over a noise floor."""
     (root / "audio").mkdir(parents=True, exist_ok=True)
-    rows, n = [], 2 * SAMPLE_RATE
+    rows, n = [], SAMPLE_RATE
     for s, (split, count) in enumerate((("train", 240), ("val", 60), ("eval", 120))):
         for i in range(count):
             rng = np.random.default_rng([2022, s, i])
             x = rng.standard_normal(n) * 10 ** rng.uniform(-2.8, -2.0)
             kinds = sorted(rng.choice(len(DEMO_CLASSES), rng.choice([1, 2, 3], p=[0.4, 0.4, 0.2]), replace=False))
             for k in kinds:
-                length = int(rng.uniform(0.6, 1.8) * SAMPLE_RATE)
+                length = int(rng.uniform(0.4, 0.9) * SAMPLE_RATE)
                 at = rng.integers(n - length)
                 fade = np.minimum(1, np.minimum(np.arange(length), np.arange(length)[::-1]) / 160)
                 x[at : at + length] += demo_sound(rng, DEMO_CLASSES[k], length) * fade * 10 ** rng.uniform(-1.1, -0.5)
@@ -422,13 +418,13 @@ def demo(root):
     return own_table(root / "clips.csv")
 
 
-DATASETS = {  # facts: seconds kept of a clip, how to list the clips
-    "demo": (2, demo),
-    "esc10": (5, functools.partial(esc, ten=True)),
-    "esc50": (5, functools.partial(esc, ten=False)),
-    "fsd50k": (10, fsd50k),
-    "audioset": (10, audioset),
-    "csv": (10, lambda root: class_folders(root) if root.is_dir() else own_table(root)),
+DATASETS = {  # facts: seconds kept of a clip, task, how to list the clips
+    "demo": (1, "multi-label", demo),
+    "esc10": (5, "single-label", functools.partial(esc, ten=True)),
+    "esc50": (5, "single-label", functools.partial(esc, ten=False)),
+    "fsd50k": (10, "multi-label", fsd50k),
+    "audioset": (10, "multi-label", audioset),
+    "csv": (10, None, lambda root: class_folders(root) if root.is_dir() else own_table(root)),
 }
 NEEDED = {  # where nothing can be downloaded
     "csv": "a table, or a folder of class-named folders",
@@ -635,14 +631,12 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
     """Write data/<name>/: shards, each with a note of what was found until all are there, then the tables.
 
     The list of clips fixes every clip's row, so the bytes depend neither on the workers nor on an interruption. ValueError
-    if `out` holds other clips or is in use, or if more than 5 % of the clips could not be read: the same command tries these
-    again.
+    if `out` holds other clips or is in use, or if more than 5 % of the clips could not be read (the same command retries).
     """
     out, n_frames, workers = pathlib.Path(out), round(seconds * 100), workers or dataset.cores()
     missing, clips = [c for c in clips if c.path is None], [c for c in clips if c.path is not None]
-    task = check_clips(source, clips, task)
-    facts = {"version": VERSION, "source": source, "task": task, "sample_rate": SAMPLE_RATE, "n_mels": N_MELS}
-    facts |= {"n_frames": n_frames, "shard": SHARD}
+    facts = {"version": VERSION, "source": source, "task": check_clips(source, clips, task)}
+    facts |= {"sample_rate": SAMPLE_RATE, "n_mels": N_MELS, "n_frames": n_frames, "shard": SHARD}
     digest = hashlib.sha256(repr([facts, classes]).encode())
     for c in clips:
         digest.update(repr((c.id, c.path, c.split, c.fold, c.labels)).encode())
@@ -656,7 +650,7 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
         if (out / "stats.json").exists():
             print(f"{out} is complete: nothing to do")
         else:
-            kind = f"{len(clips)} clips of {seconds:g} s, {len(classes)} classes, {task}"
+            kind = f"{len(clips)} clips of {seconds:g} s, {len(classes)} classes, {facts['task']}"
             print(f"{source}: {kind}; {workers} workers -> {out}")
             shards = {out / f"fbank-{i // SHARD:05d}.npy": clips[i : i + SHARD] for i in range(0, len(clips), SHARD)}
             notes = {shard: {"found": [""] * len(own)} for shard, own in shards.items()}  # '': not read yet
@@ -716,7 +710,7 @@ def main():
     add("--root", type=path, help="the raw data (default: a download next to --out); csv: a table or class folders")
     add("--out", type=path, help="the prepared folder (default: data/DATASET)")
     add("--workers", type=int, help="processes (default: one for each core it may use)")
-    add("--clip-seconds", type=float, help="kept of each clip, shorter ones are padded (default: 10; ESC: 5; demo: 2)")
+    add("--clip-seconds", type=float, help="kept of each clip, shorter ones are padded (default: 10; ESC: 5; demo: 1)")
     add("--task", choices=["multi-label", "single-label"], help="csv: multi-label where a clip has several labels")
     add("--check", type=path, metavar="DIR", help="verify a prepared folder, prepare nothing")
     a = p.parse_args()
@@ -724,7 +718,7 @@ def main():
         p.error(f"name a dataset ({', '.join(DATASETS)}), or --check DIR")
     if a.check:
         return check(a.check)
-    seconds, list_clips = DATASETS[a.dataset]
+    seconds, task, list_clips = DATASETS[a.dataset]
     seconds, out = a.clip_seconds if a.clip_seconds is not None else seconds, a.out or path("data") / a.dataset
     if a.workers is not None and a.workers < 1:
         raise ValueError(f"--workers {a.workers}: give 1 or more")
@@ -740,8 +734,7 @@ def main():
     elif not root.exists():
         raise FileNotFoundError(f"--root {root} does not exist")
     classes, clips = list_clips(root.absolute())
-    task = a.task or {"csv": None, "esc10": "single-label", "esc50": "single-label"}.get(a.dataset, "multi-label")
-    prepare(out, a.dataset, classes, clips, task, seconds, a.workers)
+    prepare(out, a.dataset, classes, clips, a.task or task, seconds, a.workers)
 
 
 if __name__ == "__main__":

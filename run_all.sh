@@ -18,7 +18,7 @@
 #   SEEDS           a list; several give ensemble rows       0
 #   FOLDS           a list, for data with folds              1 2 3 4 5 for esc10 and esc50
 #   EPOCHS, LR_CNN, LR_AST, BATCH_CNN, BATCH_AST, RECIPE     the recipe table of train_teacher.py
-#   PATCHOUT, PRECISION   "4 40": patches that ASTs drop     none; bfloat16 on a GPU, float32 on a CPU
+#   PATCHOUT, PRECISION   "4 40": patches that ASTs drop     none (demo: 4 3); bfloat16 on a GPU, float32 on a CPU
 #   GPUS, WORKERS   processes of training, of preparation    1, one for each core
 #   KEEP_EPOCHS     1: keep ep-NN.pt after averaging         0
 #   PYTHON          the interpreter                          python
@@ -40,7 +40,7 @@ case $1 in
     ;;
 esac
 case $NAME in
-  demo) : "${FOLDS:=none}" "${CNN:=timm:resnet10t}" "${AST:=ast-tiny}" ;;
+  demo) : "${FOLDS:=none}" "${CNN:=timm:resnet10t}" "${AST:=ast-tiny}" "${PATCHOUT:=4 3}" ;;
   esc10 | esc50) : "${FOLDS:=1 2 3 4 5}" ;;
   fsd50k) : "${CNN_TEACHERS:=${CNN:-efficientnet-b0 densenet-121}}" "${AST_TEACHERS:=${AST:-ast-tiny}}" ;;
 esac

@@ -801,11 +801,11 @@ def test_demo_is_deterministic_and_as_described(tmp_path, monkeypatch):
     for split, size in (("train", 240), ("val", 60), ("eval", 120)):
         ds = dataset.FbankDataset(here, split)
         per_clip, per_class = (ds.labels >= 0).sum(1), np.bincount(ds.labels[ds.labels >= 0], minlength=10)
-        assert (len(ds), len(ds.classes), ds.n_frames, ds.task, ds.has_val) == (size, 10, 200, "multi-label", True)
+        assert (len(ds), len(ds.classes), ds.n_frames, ds.task, ds.has_val) == (size, 10, 100, "multi-label", True)
         assert set(per_clip) == {1, 2, 3} and per_class.min() >= 5
         x = ds.batch(range(size))[0]
         seen[split] = {row.numpy().tobytes() for row in x}
-        assert len(seen[split]) == size and (ds.frames == 198).all()
+        assert len(seen[split]) == size and (ds.frames == 98).all()
     assert len(set.union(*seen.values())) == 420  # no clip in two splits
     with pytest.raises(ValueError, match="no split 'test': it has eval, train, val"):
         dataset.FbankDataset(here, "test")
