@@ -7,8 +7,7 @@
     python prep_data.py csv --root clips.csv --out data/machines         # your own: path,labels[,split][,fold]
 
 The table of `csv` has one clip a row: `path` (absolute, or relative to the table), `labels` joined by ';', and if you
-have them `split` (train, val, eval) and `fold` (a number). Any rate, any channels; wav, flac, ogg, mp3.
-The result is what dataset.py reads, and skipped.csv. Interrupted, the same command resumes.
+have them `split` (train, val, eval) and `fold` (a number). Any rate, any channels. Interrupted, the same command resumes.
 """
 
 import argparse
@@ -46,7 +45,7 @@ import dataset
 from dataset import N_MELS, SAMPLE_RATE, SHARD, VERSION, atomic_write, crc32, read_json, write_csv, write_json
 
 CHUNK = 16  # clips that a worker takes at a time
-AUDIO = tuple(".wav .flac .ogg .oga .opus .mp3 .aif .aiff .au .caf .w64 .m4a .mp4 .webm".split())
+AUDIO = ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".m4a", ".mp4", ".webm"  # fmt: skip
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "eval": "eval", "test": "eval", "": ""}
 TIMEOUT, WAITS = 60, (1, 2, 4, 8, 16)  # s: of a silent connection, and before the next attempt while nothing new comes
 AGAIN = "run the same command again, it resumes the download, or give --root a copy of the data"
@@ -68,7 +67,9 @@ ARCHIVES = {  # {data set: {archive: {ending of a part: MD5}}}; GitHub makes its
         "FSD50K.eval_audio": {"z01": "3090670eaeecc013ca1ff84fe4442aeb", "zip": "6fa47636c3a3ad5c7dfeba99f2637982"},
     },
 }  # fmt: skip
-DEMO_CLASSES = "am_tone bell chirp_down chirp_up clicks fm_tone harmonic_stack noise_band noise_burst tone".split()
+DEMO_CLASSES = [
+    "am_tone", "bell", "chirp_down", "chirp_up", "clicks", "fm_tone", "harmonic_stack", "noise_band", "noise_burst", "tone",
+]  # fmt: skip
 # path: None if listed, but not found; fold: '' if none; labels: class indices; member: in a tar, (its path, first byte, bytes)
 Clip = collections.namedtuple("Clip", "id path split fold labels member", defaults=[None])
 
@@ -217,8 +218,8 @@ def read_table(path, columns, numbers=()):
 def esc(root, ten):
     """ESC-50's official layout; ESC-10 is the rows whose esc10 column is True."""
     columns, audio = ["filename", "fold", "target", "category", "esc10"], root / "audio"
-    table = read_table(root / "meta" / "esc50.csv", columns, ["fold", "target"])
-    rows = [r for r in table if not ten or r["esc10"] == "True"]
+    rows = read_table(root / "meta" / "esc50.csv", columns, ["fold", "target"])
+    rows = [r for r in rows if not ten or r["esc10"] == "True"]
     names = {r["target"]: r["category"] for r in rows}
     index = {target: i for i, target in enumerate(sorted(names))}
     clips = [Clip(r["filename"], str(audio / r["filename"]), "", r["fold"], [index[r["target"]]]) for r in rows]
@@ -529,7 +530,6 @@ def download(source, root, seconds):
             print(f"{archive} is unpacked into {root}, the archive is removed")
         for part in parts:
             part.unlink(missing_ok=True)
-    return root
 
 
 # --------------------------------------------------------------------------------------------------------- preparation
@@ -668,8 +668,8 @@ def write_tables(out, facts, classes, clips, missing, notes):
     found = [what for note in notes for what in note["found"]]  # by row
     kept = [(row, c) for row, c in enumerate(clips) if not isinstance(found[row], str)]
     skipped = [(c.id, c.path, what) for c, what in zip(clips, found) if isinstance(what, str)]
-    absent = [(c.id, "", f"not there ({c.split})") for c in missing]  # of AudioSet, where that is normal
-    write_csv(out / "skipped.csv", ["id", "path", "reason"], skipped + absent)
+    rows = skipped + [(c.id, "", f"not there ({c.split})") for c in missing]  # of AudioSet, where that is normal
+    write_csv(out / "skipped.csv", ["id", "path", "reason"], rows)
     if skipped:
         first = f"{skipped[0][1]}: {skipped[0][2]}; {out / 'skipped.csv'} names all"
         what = f"{len(skipped)} of {len(clips)} clips could not be read, the first: {first}"
@@ -724,14 +724,13 @@ def main():
         raise ValueError(f"--workers {a.workers}: give 1 or more")
     if not 0.16 <= seconds <= 3600:
         raise ValueError(f"--clip-seconds {seconds:g} is out of range [0.16, 3600]")
-    root, source = a.root, "esc50" if a.dataset == "esc10" else a.dataset  # ESC-10 is a part of ESC-50
-    if a.dataset == "demo":
-        root = root or out.with_name(out.name + "-audio")
-    elif root is None and source in DOWNLOADS:
-        root = download(source, out.with_name(f"{source}-audio"), seconds)
-    elif root is None:
-        raise ValueError(f"{a.dataset} needs --root: {NEEDED[a.dataset]}")
-    elif not root.exists():
+    source = "esc50" if a.dataset == "esc10" else a.dataset  # ESC-10 is a part of ESC-50
+    root = a.root or out.with_name(f"{out.name if source == 'demo' else source}-audio")
+    if a.root is None and source in NEEDED:
+        raise ValueError(f"{source} needs --root: {NEEDED[source]}")
+    if a.root is None and source in DOWNLOADS:
+        download(source, root, seconds)
+    elif not root.exists() and source != "demo":
         raise FileNotFoundError(f"--root {root} does not exist")
     classes, clips = list_clips(root.absolute())
     prepare(out, a.dataset, classes, clips, a.task or task, seconds, a.workers)
