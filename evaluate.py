@@ -305,17 +305,13 @@ def average_run(run, device, keep_epochs=False):
         dataset.lock(run)
     args = dataset.read_json(run / "args.json")
     if not (run / "last.pt").exists() or models.read_checkpoint(run / "last.pt")["epoch"] < args["epochs"]:
-        raise ValueError(
-            f"{run} is not trained to its last epoch ({args['epochs']}): finish it with the command that began it"
-        )
+        raise ValueError(f"{run} is not trained to its last epoch ({args['epochs']}): run its training command again")
     epochs = {int(p.stem[3:]): p for p in run.glob("ep-*.pt") if int(p.stem[3:]) > 0}
     if args["average"] == "off":
         print(f"{run}: its recipe has no weight averaging")
     else:
         if sorted(epochs) != list(range(1, args["epochs"] + 1)):
-            raise ValueError(
-                f"{run} lacks some of ep-01.pt to ep-{args['epochs']:02d}.pt: they were pruned or never written"
-            )
+            raise ValueError(f"{run} lacks some of ep-01.pt to ep-{args['epochs']:02d}.pt: pruned, or never written")
         model, meta = models.load_checkpoint(epochs[args["epochs"]])
         if args["average"] == "val":
             total = best = None
@@ -324,9 +320,8 @@ def average_run(run, device, keep_epochs=False):
             for n, epoch in enumerate(sorted(epochs, reverse=True), 1):
                 total = running_mean(total, models.read_checkpoint(epochs[epoch])["state"], n)
                 model.load_state_dict(as_weights(total))
-                p, y = predict(
-                    model, data, device, meta["mean"], meta["std"], label=f"average {epoch}-{args['epochs']}"
-                )
+                label = f"average {epoch}-{args['epochs']}"
+                p, y = predict(model, data, device, meta["mean"], meta["std"], label=label)
                 score = scores(p, y, data.task)[MAIN_SCORE[data.task]]
                 if best is None or score > best:
                     start, best, state = epoch, score, as_weights(total)
@@ -497,9 +492,7 @@ def open_taggers(a, device):
     if not 0.1 <= window <= 3600 or not 0.01 <= hop <= window:
         raise ValueError(f"--window {window:g} --hop {hop:g}: a window lasts 0.1 to 3600 s, a hop 0.01 s to one window")
     if lengths and window > min(lengths):
-        raise ValueError(
-            f"--window {window:g} is longer than the {min(lengths):g} s that this AST takes: use at most those"
-        )
+        raise ValueError(f"--window {window:g} is longer than the {min(lengths):g} s that this AST takes")
     if a.frames and (len(loaded) > 1 or models.family(first["model"]["name"]) != "cnn"):
         raise ValueError("--frames needs one mean-pool CNN, whose head is linear in frames: use --json, tags by window")
     if a.embed and len(loaded) > 1:

@@ -237,10 +237,9 @@ def imagenet_state(tag):
     try:
         return timm.create_model(tag, pretrained=True).state_dict()
     except Exception as e:  # the client raises errors of several libraries: network, HTTP, cache, timm itself
-        raise ValueError(
-            f"cannot get the ImageNet weights '{tag}' from {constants.ENDPOINT} or its cache ({type(e).__name__}): connect "
-            "to the network, or give --pretrained PATH (a file of timm's weights), or --pretrained no for random weights"
-        ) from e
+        way_out = "connect to a network, or give --pretrained PATH (timm's weights), or --pretrained no for random ones"
+        source = f"{constants.ENDPOINT} or its cache ({type(e).__name__})"
+        raise ValueError(f"cannot get the ImageNet weights '{tag}' from {source}: {way_out}") from e
 
 
 def read_weights(path):
@@ -499,10 +498,9 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     file = torch_load(path)
     if not isinstance(file, dict) or "format" not in file or "state" not in file:
-        raise ValueError(
-            f"{path} is no checkpoint of this project: foreign weights start a student with --pretrained; an AST's "
-            "can also be scored or teach, from a folder with its config.json and preprocessor_config.json beside them"
-        )
+        folder = "from a folder with its config.json and preprocessor_config.json"
+        way_out = f"foreign weights start a student with --pretrained; an AST's can also be scored or teach, {folder}"
+        raise ValueError(f"{path} is no checkpoint of this project: {way_out}")
     if file["format"] != FORMAT:
         raise ValueError(f"{path} has format {file['format']}, not {FORMAT}: use the version that wrote it")
     check_finite(file["state"], path)
@@ -540,9 +538,7 @@ def read_folder(folder):
         classes = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
         mean, std = (0.0, 0.5) if audio.get("do_normalize") is False else (float(audio["mean"]), float(audio["std"]))
     except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(
-            f"{folder}: id2label of config.json, or mean and std of preprocessor_config.json lack {e}"
-        ) from e
+        raise ValueError(f"{folder}: id2label of config.json or mean, std of preprocessor_config.json lack {e}") from e
     kinds = {"multi_label_classification": "multi-label", "single_label_classification": "single-label"}
     task = kinds.get(config.get("problem_type"), "multi-label" if len(classes) == 527 else "single-label")
     meta = {"classes": classes, "task": task, "mean": mean, "std": std, "n_frames": config.get("max_length", 1024)}
@@ -560,9 +556,7 @@ def load_folder(folder, n_frames=None):
     name = None if pos is None else {192: "ast-tiny", 384: "ast-small", 768: "ast-base"}.get(pos.shape[-1])
     rows, columns = dataset.patch_grid(meta["n_frames"])
     if name is None or pos.shape[1] != 2 + rows * columns:
-        raise ValueError(
-            f"{folder} holds no AST of width 192, 384 or 768 for the {meta['n_frames']} frames of its max_length"
-        )
+        raise ValueError(f"{folder} holds no AST of width 192, 384 or 768 for max_length {meta['n_frames']}")
     meta["model"] = {"name": name, "n_classes": len(classes), "n_frames": meta["n_frames"], "kd_head": False}
     model = build_model(**meta["model"] | ({"n_frames": n_frames} if n_frames else {}))
     try:

@@ -62,9 +62,7 @@ def parser(doc):
     add("--pretrained", help="no, imagenet, or the path of a weight file (default: imagenet; demo: no)")
     add("--fold", type=int, help="train on the other folds; this one is for scoring")
     add("--seed", type=int, default=0)
-    add(
-        "--recipe", choices=sorted({k.split()[0] for k in RECIPES}), help="a row of the table (default: the data set's)"
-    )
+    add("--recipe", choices=sorted({k.split()[0] for k in RECIPES}), help="row of the table (default: the data set's)")
     add("--epochs", type=int)
     add("--lr", type=float)
     add("--batch-size", type=int, help="global: all processes together")
@@ -75,7 +73,7 @@ def parser(doc):
     add("--time-mask", type=int, help="frames; a mask is narrower than this")
     add("--label-smoothing", type=float, default=0.1)
     add(
-        "--patchout", type=int, nargs=2, default=[0, 0], metavar=("ROWS", "COLUMNS"), help="of an AST's patches to drop"
+        "--patchout", type=int, nargs=2, default=[0, 0], metavar=("ROWS", "COLUMNS"), help="of patches, not attended to"
     )
     add("--precision", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--keep-epochs", action="store_true", help="keep ep-NN.pt after weight averaging")
@@ -138,8 +136,7 @@ def check_ranges(args, data, kind):
         raise ValueError(f"--patchout drops an AST's patches, and {args.model} has none: leave it out")
     if len(data.classes) == 1 and (data.labels[:, 0] == 0).all():
         raise ValueError(
-            f"every training clip of {data.root} has its only class, '{data.classes[0]}': any model would score 100 %; "
-            "add clips without it, or of another class"
+            f"every training clip of {data.root} is '{data.classes[0]}', the only class: add clips without it"
         )
 
 
@@ -280,11 +277,9 @@ def means(run, log):
         args, step, epoch = run.args, int(finite.int().argmin()), len(run.history) + 1
         order = dataset.epoch_order(run.data, args.seed, epoch, args.balanced)
         clips = ", ".join(run.data.ids[i] for i in order[step * args.batch_size : (step + 1) * args.batch_size])
-        raise ValueError(
-            f"loss or gradient was not finite in epoch {epoch}, step {step}, at learning rate "
-            f"{run.optimizer.param_groups[0]['lr']:.2e} (clips {clips}); {args.out} keeps what was good: "
-            "try a lower --lr with another --out"
-        )
+        where = f"epoch {epoch}, step {step}, at --lr {run.optimizer.param_groups[0]['lr']:.2e} (clips {clips})"
+        way_out = f"{args.out} keeps what was good: try a lower --lr with another --out"
+        raise ValueError(f"loss or gradient was not finite in {where}; {way_out}")
     return dict(zip(run.names, log.mean(0).tolist()))
 
 
@@ -335,11 +330,9 @@ def finish_epoch(run, log, seconds, clips):
         lines = "".join(json.dumps(e) + "\n" for e in run.history)
         dataset.atomic_write(out / "log.jsonl", lambda p: p.write_text(lines))
     save_last(run)  # last of all: until it is there, the epoch is done again
-    print(
-        f"epoch {entry['epoch']:2d}/{args.epochs}  loss {entry['loss']:.4f}{val}  lr {entry['lr']:.2e}  {seconds:.0f} s, "
-        f"{entry['clips_per_second']:.0f} clips/s, peak {entry['peak_gib']:.1f} GiB",
-        flush=True,
-    )
+    speed = f"{seconds:.0f} s, {entry['clips_per_second']:.0f} clips/s, peak {entry['peak_gib']:.1f} GiB"
+    done = f"epoch {entry['epoch']:2d}/{args.epochs}  loss {entry['loss']:.4f}{val}  lr {entry['lr']:.2e}"
+    print(f"{done}  {speed}", flush=True)
     if entry["epoch"] == args.epochs:
         print(f"wrote {out}: best.pt, last.pt, ep-NN.pt, log.jsonl")
 

