@@ -269,37 +269,38 @@ def draw_confusion(path, classes, true, predicted):
 # ------------------------------------------------------------------------------------------------ weight averaging
 
 
-def average_weights(paths):
-    """The mean of the weights in these checkpoint files, one file in memory at a time -> state dict.
+def running_means(paths):
+    """Yield, from the last of these checkpoint files to the first, the mean of the weights from it to the last: a state dict.
 
-    BatchNorm statistics are averaged like weights; integer counters come from the last file. Sums are in float64.
+    Each file is read once. BatchNorm statistics are averaged like weights; integer counters come from the last file. Sums
+    are in float64.
     """
     total = None
     for n, path in enumerate(reversed(paths), 1):
-        total = running_mean(total, models.read_checkpoint(path)["state"], n)
-    if total is None:
+        state = models.read_checkpoint(path)["state"]
+        total = total or {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+        if total.keys() != state.keys():
+            raise ValueError("checkpoints of different models cannot be averaged")
+        for k, v in total.items():
+            if v.is_floating_point():
+                v += (state[k] - v) / n
+        yield {k: v.float() if v.is_floating_point() else v for k, v in total.items()}
+
+
+def average_weights(paths):
+    """The mean of the weights in these checkpoint files -> state dict; see running_means"""
+    mean = None
+    for mean in running_means(paths):
+        pass
+    if mean is None:
         raise ValueError("no files to average")
-    return as_weights(total)
-
-
-def running_mean(total, state, n):
-    """The mean of n states from that of n - 1, in float64; integer counters stay those of the first that came."""
-    if total is None:
-        return {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
-    if total.keys() != state.keys():
-        raise ValueError("checkpoints of different models cannot be averaged")
-    return {k: total[k] + (v.double() - total[k]) / n if v.is_floating_point() else total[k] for k, v in state.items()}
-
-
-def as_weights(total):
-    return {k: v.float() if v.is_floating_point() else v for k, v in total.items()}
+    return mean
 
 
 def average_run(run, device, keep_epochs=False):
     """Write run/wa.pt by its recipe's protocol (Section 4.6): epochs s..last, s chosen on validation or by the table.
 
-    The search walks from the last epoch to the first, adding one file at a time to a running mean and scoring every mean: each
-    file is read once, and memory holds the mean, the best so far and the model. Prunes ep-*.pt unless told to keep them.
+    The search scores every running mean, from the last epoch to the first. Prunes ep-*.pt unless told to keep them.
     """
     if rank() == 0:
         dataset.lock(run)
@@ -314,17 +315,15 @@ def average_run(run, device, keep_epochs=False):
             raise ValueError(f"{run} lacks some of ep-01.pt to ep-{args['epochs']:02d}.pt: pruned, or never written")
         model, meta = models.load_checkpoint(epochs[args["epochs"]])
         if args["average"] == "val":
-            total = best = None
-            data = open_for(meta, "val")
+            best, data, order = None, open_for(meta, "val"), sorted(epochs)
             model.to(device)
-            for n, epoch in enumerate(sorted(epochs, reverse=True), 1):
-                total = running_mean(total, models.read_checkpoint(epochs[epoch])["state"], n)
-                model.load_state_dict(as_weights(total))
+            for epoch, mean in zip(reversed(order), running_means([epochs[e] for e in order])):
+                model.load_state_dict(mean)
                 label = f"average {epoch}-{args['epochs']}"
                 p, y = predict(model, data, device, meta["mean"], meta["std"], label=label)
                 score = scores(p, y, data.task)[MAIN_SCORE[data.task]]
                 if best is None or score > best:
-                    start, best, state = epoch, score, as_weights(total)
+                    start, best, state = epoch, score, mean
             print(f"{run}: epochs {start}-{args['epochs']} are best on val, {MAIN_SCORE[data.task]} {100 * best:.2f}")
         else:
             start, best = args["average"], None

@@ -2,14 +2,9 @@
 
 import json
 import re
-import statistics
 
-import pytest
 import real_audio
 from conftest import ROOT
-
-import distill
-import train_teacher
 
 
 def test_readmes_table_is_recomputed_from_the_logs():
@@ -28,10 +23,31 @@ def test_the_logs_are_of_whole_runs_with_the_settings_that_the_script_has():
         metrics = json.loads((path.parent / "metrics-last-eval.json").read_text())
         assert (metrics["clips"], metrics["fold"], metrics["epoch"]) == (400, int(fold), args["epochs"])
         assert [t.split("/")[-2] for t in args.get("teacher", [])] == ([f"{teacher}-fold{fold}-s0"] if teacher else [])
-        p = train_teacher.parser("") if teacher is None else distill.parser()
-        ...
+        for flag, *values in (part.split() for part in flags.split("--")[1:]):
+            have = args[flag.replace("-", "_")]
+            if flag != "pretrained":
+                assert [plain(v) for v in values or ["True"]] == [
+                    plain(v) for v in (have if isinstance(have, list) else [have])
+                ]
+
+
+def plain(value):
+    try:
+        return float(value)
+    except ValueError:
+        return str(value)
+
+
+def test_the_ablation_by_an_edit_still_edits_a_line(tmp_path):
+    for name, (file, line, instead) in real_audio.EDITS.items():
+        assert name in real_audio.RUNS and (ROOT / file).read_text().count(line) == 1
+        code = real_audio.edited(tmp_path / name, file, line, instead)
+        changed = set((code / file).read_text().splitlines()) ^ set((ROOT / file).read_text().splitlines())
+        assert changed == {line.rstrip(), instead.rstrip()} and (code / "train_teacher.py").exists()
 
 
 def test_gain_and_spread_by_hand():
     assert real_audio.spread([1.0, 2.0, 6.0]) == "3.0 ± 2.6"
-    assert real_audio.gain([1.0, 2.0, 6.0], [2.0, 4.0, 9.0]) == "+2.0 ± 0.6"
+    assert (
+        real_audio.gain([1.0, 2.0, 6.0], [2.0, 4.0, 9.0]) == "+2.0 ± 0.6"
+    )  # 1, 2 and 3: deviation 1, by the root of 3
