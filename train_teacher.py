@@ -42,8 +42,8 @@ RECIPES = {
     "audioset-bal ast": (5e-5, 12, 25, 1000, (0.5, 5, 10), 0.5, False, 48, 6),
     "esc50 cnn":        (1e-4, 48, 25, 0, (0.85, 1, 5), 0.0, False, 24, "off"),
     "esc50 ast":        (1e-4, 48, 25, 0, (0.85, 1, 5), 0.0, False, 24, "off"),  # 1e-5 from audio weights, see resolve
-    "demo cnn":         (1e-3, 12, 8, 20, "plateau", 0.5, True, 12, "val"),  # ours, for minutes on two cores
-    "demo ast":         (3e-4, 6, 7, 20, "plateau", 0.0, True, 12, "val"),
+    "demo cnn":         (1e-3, 12, 6, 20, "plateau", 0.5, True, 12, "val"),  # ours, for minutes on two cores
+    "demo ast":         (3e-4, 6, 5, 20, "plateau", 0.0, True, 12, "val"),
 }  # fmt: skip
 SAME_WEIGHTS = {"device", "no_compile", "cache", "keep_epochs", "average"}  # settings that two runs may differ in
 BETAS, WEIGHT_DECAY, TIME_MASK = (0.95, 0.999), 5e-7, 0.192  # TIME_MASK: share of the frames
