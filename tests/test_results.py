@@ -38,14 +38,6 @@ def plain(value):
         return str(value)
 
 
-def test_the_ablation_by_an_edit_still_edits_a_line(tmp_path):
-    for name, (file, line, instead) in real_audio.EDITS.items():
-        assert name in real_audio.RUNS and (ROOT / file).read_text().count(line) == 1
-        code = real_audio.edited(tmp_path / name, file, line, instead)
-        changed = set((code / file).read_text().splitlines()) ^ set((ROOT / file).read_text().splitlines())
-        assert changed == {line.rstrip(), instead.rstrip()} and (code / "train_teacher.py").exists()
-
-
 def test_gain_and_spread_by_hand():
     assert real_audio.spread([1.0, 2.0, 6.0]) == "3.0 ± 2.6"
     assert (
