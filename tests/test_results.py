@@ -26,7 +26,7 @@ def test_the_logs_are_of_whole_runs_with_the_settings_that_the_script_has():
         for flag, *values in (part.split() for part in flags.split("--")[1:]):
             have = args[flag.replace("-", "_")]
             if flag != "pretrained":
-                assert [plain(v) for v in values or ["True"]] == [
+                assert [plain(v) for v in values or ["1"]] == [
                     plain(v) for v in (have if isinstance(have, list) else [have])
                 ]
 
