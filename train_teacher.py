@@ -72,9 +72,7 @@ def parser(doc):
     add("--freq-mask", type=int, help="mel bins; a mask is narrower than this")
     add("--time-mask", type=int, help="frames; a mask is narrower than this")
     add("--label-smoothing", type=float, default=0.1)
-    add(
-        "--patchout", type=int, nargs=2, default=[0, 0], metavar=("ROWS", "COLUMNS"), help="of patches, not attended to"
-    )
+    add("--patchout", type=int, nargs=2, default=[0, 0], metavar=("ROWS", "COLUMNS"), help="patches that an AST drops")
     add("--precision", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--keep-epochs", action="store_true", help="keep ep-NN.pt after weight averaging")
     add("--cache", choices=["device", "disk"], help="where clips are read from (default: a GPU if they fit)")
