@@ -4,7 +4,7 @@
     python tests/real_audio.py run --cnn tf_efficientnet_lite0.pth --vit vit_small_patch14_dinov2.pth     # exp/esc50-1s
     python tests/real_audio.py table
 
-All of ESC-50, but only the first second of each clip: harder, and five to ten times cheaper. Five folds, one seed; the last epoch
+All of ESC-50, but only the first second of each clip: harder and cheaper. Five folds, one seed; the last epoch
 counts, nothing is chosen on a test fold, and the two settings of a comparison have the same recipe. A run took 2 to 20
 minutes, two at a time on two cores; what is done is skipped, and processes with different --folds may share the work. `collect` copies
 settings, logs and scores to tests/results/, `table` reads them there. Those were trained by the scripts of commit 7f1d974.
