@@ -64,8 +64,7 @@ def atomic_write(path, write):
         why = e if isinstance(e, OSError) else e.__context__  # torch.save may hide it behind an error of its own
         if not isinstance(why, OSError):
             raise
-        way_out = "free some disk or fix its permissions, then run the same command again"
-        raise OSError(f"{path} could not be written ({why.strerror or why}): {way_out}") from e
+        raise OSError(f"{path} could not be written ({why.strerror or why}): free some disk or fix permissions") from e
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -214,18 +213,13 @@ class FbankDataset(torch.utils.data.Dataset):
         for s in range(len(self.stats["crc32"])):
             path = self.root / f"fbank-{s:05d}.npy"
             try:
-                with open(path, "rb") as f:
-                    np.lib.format.read_magic(f)
-                    shape, _, dtype = np.lib.format.read_array_header_1_0(f)
-                    self.starts.append(f.tell())
-                size = self.starts[-1] + math.prod(shape) * 2
-            except FileNotFoundError as e:
-                raise FileNotFoundError(f"{self.root} is not complete: {path.name} is missing; prepare it again") from e
-            except ValueError:
-                shape = dtype = size = None
-            if dtype != np.float16 or shape[1:] != (self.n_frames, N_MELS) or path.stat().st_size != size:
-                raise ValueError(f"{path} is damaged: remove {self.root} and prepare it again")
-        if self.rows.max() // SHARD >= s + (self.rows.max() % SHARD < shape[0]):
+                shard = np.load(path, mmap_mode="r")  # ValueError where it was cut short
+                if shard.dtype != np.float16 or shard.shape[1:] != (self.n_frames, N_MELS):
+                    raise ValueError("another shape")
+            except (ValueError, EOFError, FileNotFoundError) as e:
+                raise ValueError(f"{path} is damaged or missing: remove {self.root} and prepare it again") from e
+            self.starts.append(shard.offset)
+        if self.rows.max() // SHARD >= s + (self.rows.max() % SHARD < len(shard)):
             raise ValueError(f"{self.root / 'clips.csv'} names row {self.rows.max()}, which the shards do not have")
 
     def __len__(self):

@@ -315,12 +315,11 @@ def class_folders(root):
     index = {name: i for i, name in enumerate(sorted({p.name for _, p in groups}))}
     clips = []
     for split, folder in groups:
-        for p in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO):
-            if p.is_file() and not p.name.startswith("."):
+        for p in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO and p.is_file()):
+            if not p.name.startswith("."):
                 clips.append(Clip(p.relative_to(root).as_posix(), str(p), split, "", [index[folder.name]]))
     if len(index) < 2 or not clips:
         raise ValueError(f"{root} holds no class folders with audio: give {root}/CLASS/*.wav, or a table")
-    print(f"{root}: {len(clips)} audio files in {len(index)} class folders")
     return [("", name) for name in index], clips if tops else make_split(clips, len(index), root)
 
 
@@ -576,8 +575,7 @@ def fill_rows(shard, rows, clips, n_frames, seconds):
             if not len(x):
                 raise ValueError("shorter than one frame of 25 ms")
         except (soundfile.SoundFileError, ValueError, OSError) as e:
-            found.append(" ".join(str(e).split()))
-            out[row] = 0
+            found.append(" ".join(str(e).split()))  # its row stays zero
             continue
         out[row, : len(x)], wide = x.numpy(), x.double()
         found.append((len(x), wide.mean().item(), wide.var(correction=0).item()))
@@ -586,27 +584,30 @@ def fill_rows(shard, rows, clips, n_frames, seconds):
 
 def make_shards(shards, notes, fingerprint, n_frames, seconds, workers):
     """Have a pool of processes fill the rows of the shards {path: clips} that are still to be read, a few shards at a time so
-    that no worker waits, and put each shard in place and then its note."""
+    that no worker waits, and put each shard in place and then its note. Clips that could not be read are tried again in place."""
     unread = {shard: [i for i, what in enumerate(notes[shard]["found"]) if isinstance(what, str)] for shard in shards}
 
-    def fill(shard, temporary):
-        clips, rows = shards[shard], unread[shard]
-        if len(rows) < len(clips):
-            shutil.copyfile(shard, temporary)
-        else:
-            np.lib.format.open_memmap(temporary, "w+", np.float16, (len(clips), n_frames, N_MELS))
+    def fill(shard, path):
+        if path != shard:
+            np.lib.format.open_memmap(path, "w+", np.float16, (len(shards[shard]), n_frames, N_MELS))
             if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a bus error in a worker
-                with open(temporary, "rb+") as f:
-                    os.posix_fallocate(f.fileno(), 0, temporary.stat().st_size)
-        parts = [rows[i : i + CHUNK] for i in range(0, len(rows), CHUNK)]
-        jobs = [pool.submit(fill_rows, temporary, p, [clips[i] for i in p], n_frames, seconds) for p in parts]
+                with open(path, "rb+") as f:
+                    os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
+        parts = [unread[shard][i : i + CHUNK] for i in range(0, len(unread[shard]), CHUNK)]
+        jobs = [pool.submit(fill_rows, path, p, [shards[shard][i] for i in p], n_frames, seconds) for p in parts]
         for part, job in zip(parts, jobs):
             for i, what in zip(part, job.result()):
                 notes[shard]["found"][i] = what
             bar.update(len(part))
+        with open(path, "rb+") as f:
+            os.fsync(f.fileno())
 
     def make(shard):
-        atomic_write(shard, functools.partial(fill, shard))
+        if len(unread[shard]) < len(shards[shard]):
+            shard.with_suffix(".json").unlink()  # killed before it is back, the shard is made anew
+            fill(shard, shard)
+        else:
+            atomic_write(shard, functools.partial(fill, shard))
         notes[shard] |= {"fingerprint": fingerprint, "crc32": crc32(shard)}
         write_json(shard.with_suffix(".json"), notes[shard])
 
@@ -679,11 +680,10 @@ def write_tables(out, facts, classes, clips, missing, notes):
     rows = ([row, *c[:4], ";".join(map(str, c.labels)), *found[row]] for row, c in kept)
     write_csv(out / "clips.csv", dataset.CLIP_COLUMNS, rows)
     write_csv(out / "classes.csv", ["index", "mid", "display_name"], ([i, *c] for i, c in enumerate(classes)))
-    facts |= {"clips": len(kept), "skipped": len(skipped)}
+    facts |= {"clips": len(kept), "skipped": len(skipped), "crc32": [note["crc32"] for note in notes]}
     if facts["source"] == "audioset":  # copies of it differ
         listed = collections.Counter(c.split for c in clips + missing)
         facts["listed"] = {"train": listed["train-balanced"] + listed["train-unbalanced"], **listed}
-    facts["crc32"] = [note["crc32"] for note in notes]
     facts["tables"] = {name: crc32(out / name) for name in ("classes.csv", "clips.csv")}
     write_json(out / "stats.json", facts)
     counts = collections.Counter(c.split or f"fold {c.fold}" for _, c in kept)
