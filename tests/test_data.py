@@ -305,7 +305,7 @@ def test_class_folders(tmp_path):
         sound(tmp_path / "in" / "Küche" / "deeper" / f"-{i}.flac")
     (tmp_path / "in" / "Küche" / "notes.txt").write_text("no audio")
     said = prep(tmp_path / "in", tmp_path / "out")
-    assert "20 audio files in 2 class folders" in said and "80/10/10" in said
+    assert "csv: 20 clips of" in said and "80/10/10" in said
     data = {s: dataset.FbankDataset(tmp_path / "out", s) for s in ("train", "val", "eval")}
     assert {s: len(d) for s, d in data.items()} == {"train": 16, "val": 2, "eval": 2}
     assert data["train"].classes == ["Küche", "a dog's bark"] and data["train"].task == "single-label"
