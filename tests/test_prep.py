@@ -530,8 +530,13 @@ def test_many_broken_clips_are_an_error_that_keeps_the_work(tmp_path, monkeypatc
         dataset.FbankDataset(tmp_path / "out", "train", fold=1)
     for name in names[12:]:  # fixed: the same command reads them, and the folder is as if nothing had been wrong
         soundfile.write(tmp_path / name, good, 16000)
+    flags = ["--root", table, "--workers", 1, "--clip-seconds", 1]
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):  # killed with the shard half-mended
+        patch.setattr(prep_data, "crc32", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        main(patch, "csv", *flags, "--out", tmp_path / "out")
+    assert not list((tmp_path / "out").glob("fbank-*.json"))
     for out in ("out", "fresh"):
-        main(monkeypatch, "csv", "--root", table, "--out", tmp_path / out, "--workers", 1, "--clip-seconds", 1)
+        main(monkeypatch, "csv", *flags, "--out", tmp_path / out)
     assert files(tmp_path / "out") == files(tmp_path / "fresh")
     assert len(read(tmp_path / "out" / "clips.csv")) == 18
 
