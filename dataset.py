@@ -73,11 +73,12 @@ def write_json(path, content):
     atomic_write(path, lambda p: p.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8"))
 
 
-def read_json(path):
-    """The dictionary in a JSON file; ValueError if it is damaged."""
+def read_json(path, *keys):
+    """The dictionary in a JSON file; ValueError if it is damaged or lacks one of these keys."""
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (TypeError, ValueError) as e:
+        content = dict(json.loads(path.read_text(encoding="utf-8")))
+        return {k: content[k] for k in keys} | content
+    except (KeyError, TypeError, ValueError) as e:
         raise ValueError(f"{path} is damaged: restore it, or remove {path.parent} and make it again") from e
 
 
@@ -146,7 +147,8 @@ class FbankDataset(torch.utils.data.Dataset):
         if not (self.root / "stats.json").is_file():
             what = "is not complete (interrupted?)" if any(self.root.glob("fbank-*")) else "is not a prepared folder"
             raise FileNotFoundError(f"{self.root} {what}: run prep_data.py with --out {self.root}")
-        self.stats = read_json(self.root / "stats.json")
+        facts = "source", "task", "n_frames", "sample_rate", "crc32", "tables"
+        self.stats = read_json(self.root / "stats.json", *facts)
         if (version := self.stats.get("version")) != VERSION:
             raise ValueError(f"{self.root} has format version {version}, not {VERSION}: prepare it again")
         for name, crc in self.stats["tables"].items():

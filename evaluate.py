@@ -304,7 +304,7 @@ def average_run(run, device, keep_epochs=False):
     """
     if rank() == 0:
         dataset.lock(run)
-    args = dataset.read_json(run / "args.json")
+    args = dataset.read_json(run / "args.json", "epochs", "average", "keep_epochs")
     if not (run / "last.pt").exists() or models.read_checkpoint(run / "last.pt")["epoch"] < args["epochs"]:
         raise ValueError(f"{run} is not trained to its last epoch ({args['epochs']}): run its training command again")
     epochs = {int(p.stem[3:]): p for p in run.glob("ep-*.pt") if int(p.stem[3:]) > 0}
@@ -362,13 +362,13 @@ def mean_and_deviation(results, key, one_seed):
 
 def read_results(folder):
     """{setting: {checkpoint: [metrics]}} of an experiment; an ensemble stands in the line of its setting."""
-    settings = {}
+    settings, facts = {}, ("task", "model", "params", "teachers", "clips", "seed", "fold")
     for path in sorted(folder.glob("*/metrics-*-eval.json")):
         run = re.sub(r"(-fold\d+)?(-s\d+)?$", "", path.parent.name)
         name = path.stem.removeprefix("metrics-").removesuffix("-eval")
         if run.startswith("ensemble-"):
             run, name = run.removeprefix("ensemble-"), "ensemble"
-        settings.setdefault(run, {}).setdefault(name, []).append(dataset.read_json(path))
+        settings.setdefault(run, {}).setdefault(name, []).append(dataset.read_json(path, *facts))
     if not settings:
         raise ValueError(f"{folder} holds no metrics-*-eval.json: score its runs first with --ckpt")
     return settings

@@ -166,7 +166,7 @@ def claim(args, data, suffix=""):
     args.out.mkdir(parents=True, exist_ok=True)
     dataset.lock(args.out)
     if (args.out / "args.json").exists():
-        old = dataset.read_json(args.out / "args.json")
+        old = dataset.read_json(args.out / "args.json", "keep_epochs")
         other = sorted(k for k in settings.keys() - SAME_WEIGHTS if differs(old, k, settings[k], args.given))
         if other:
             changes = ", ".join(f"{k} {old.get(k)} -> {settings[k]}" for k in other)

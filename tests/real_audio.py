@@ -18,6 +18,7 @@ import argparse
 import json
 import math
 import pathlib
+import re
 import shutil
 import statistics
 import subprocess
@@ -31,6 +32,7 @@ AST = (
     "--model ast-small --pretrained {vit} --lr 3e-5 --warmup 50 --mixup 0 --epochs 5 --batch-size 16 "
     "--patchout 4 3 --precision bfloat16"
 )
+LONG = AST.replace("--epochs 5", "--epochs 15")
 BY_CNN, BY_AST = "--tau 1 --teacher-precision float32", "--tau 1 --teacher-precision bfloat16"
 RUNS = {  # setting: (its flags, its teacher)
     "cnn": (CNN, None),
@@ -40,8 +42,20 @@ RUNS = {  # setting: (its flags, its teacher)
     "cnn-from-cnn": (f"{CNN} {BY_CNN}", "cnn"),
     "ast-from-ast": (f"{AST} {BY_AST}", "ast"),
     "ast-from-cnn-conv": (f"{AST} {BY_CNN} --conventional", "cnn"),
+    "ast15": (LONG, None),
+    "cnn-from-ast15": (f"{CNN} {BY_AST}", "ast15"),
+    "ast15-from-cnn": (f"{LONG} {BY_CNN}", "cnn"),
+    "cnn-linear": (CNN, None),  # with the next line in the place of dataset.mix's last: log-mels are mixed, not powers
+    "cnn-nomix": (CNN.replace("--mixup 0.5", "--mixup 0"), None),
 }
-FOUR = ["cnn", "cnn-from-ast", "ast", "ast-from-cnn"]  # averaged, in ensembles, and compared by analyze.py similarity
+LINEAR = "return torch.lerp(b, a, lam).masked_fill(t >= n_a, 0.0)"
+FOUR = ["cnn", "cnn-from-ast15", "ast15", "ast15-from-cnn"]  # averaged, in ensembles, and analysed by analyze.py
+DISTURBED = {
+    "frequency mask": 32,
+    "time mask": 30,
+    "time shift": 50,
+    "noise": 0.2,
+}  # levels of analyze.LEVELS
 COMPARED = [  # what, the paper's mAP on FSD50K (Tables 3, 5, 9), the settings before and after: 'run [run of an ensemble], checkpoint'
     ("AST, no teacher → taught by the CNN", "57.6 → 61.7", "ast, last", "ast-from-cnn, last"),
     ("CNN, no teacher → taught by the AST", "56.2 → 58.2", "cnn, last", "cnn-from-ast, last"),
@@ -59,6 +73,18 @@ COMPARED = [  # what, the paper's mAP on FSD50K (Tables 3, 5, 9), the settings b
 ]
 
 
+def edited(folder):
+    """A copy of the scripts whose mixup is linear in the log-mels"""
+    folder.mkdir(parents=True, exist_ok=True)
+    for script in ROOT.glob("*.py"):
+        text = script.read_text()
+        if script.name == "dataset.py":
+            text, n = re.subn(r"return torch\.logaddexp\(a \+ 2 \* lam\.log\(\).*", LINEAR, text)
+            assert n == 1, "dataset.mix is another function now"
+        (folder / script.name).write_text(text)
+    return folder
+
+
 def call(script, *arguments):
     subprocess.run([sys.executable, script, *map(str, arguments)], check=True)
 
@@ -70,17 +96,29 @@ def run(data, exp, cnn, vit, folds):
         for name, (flags, teacher) in RUNS.items():
             flags = [*flags.format(cnn=cnn, vit=vit).split(), "--data", data, "--fold", fold, "--out", out[name]]
             flags += ["--teacher", out[teacher] / "last.pt"] if teacher else []
+            scripts = edited(exp / "linear") if name == "cnn-linear" else ROOT
             if not (out[name] / "metrics-last-eval.json").exists():
-                call(ROOT / ("distill.py" if teacher else "train_teacher.py"), *flags, "--keep-epochs")
+                call(scripts / ("distill.py" if teacher else "train_teacher.py"), *flags, "--keep-epochs")
                 call(ROOT / "evaluate.py", "--ckpt", out[name] / "last.pt")
-        for name in FOUR:
-            if not (out[name] / "metrics-wa-eval.json").exists():
-                average(out[name])
-                call(ROOT / "evaluate.py", "--ckpt", out[name] / "wa.pt")
-        for pair in (("cnn", "ast"), ("cnn-from-ast", "ast-from-cnn")):
-            call(ROOT / "evaluate.py", "--ckpt", *[out[name] / "last.pt" for name in pair])
-        four = [out[name] / "last.pt" for name in FOUR]
+        analyse(exp, out, fold)
+
+
+def analyse(exp, out, fold):
+    """Averages, ensembles, similarity and robustness of FOUR on this fold"""
+    for name in FOUR:
+        if not (out[name] / "metrics-wa-eval.json").exists():
+            average(out[name])
+            call(ROOT / "evaluate.py", "--ckpt", out[name] / "wa.pt")
+    for a, b in (FOUR[::2], FOUR[1::2]):
+        if not (exp / f"ensemble-{a}-fold{fold}+{b}-fold{fold}" / "metrics-last-eval.json").exists():
+            call(ROOT / "evaluate.py", "--ckpt", out[a] / "last.pt", out[b] / "last.pt")
+    four = [out[name] / "last.pt" for name in FOUR]
+    if not (exp / f"similarity-fold{fold}" / "similarity.json").exists():
         call(ROOT / "analyze.py", "similarity", *four, "--out", exp / f"similarity-fold{fold}")
+    if not (exp / f"robustness-fold{fold}" / "robustness.json").exists():
+        code = "import sys; sys.path.insert(0, sys.argv.pop(1)); import analyze, models; analyze.SEEDS = 1; "
+        code += f"analyze.LEVELS = {{k: ((v,), '') for k, v in {DISTURBED}.items()}}; models.command_line(analyze.main)"
+        call("-c", code, ROOT, "robustness", *four, "--out", exp / f"robustness-fold{fold}")
 
 
 def average(run):
@@ -97,7 +135,7 @@ def average(run):
 
 def collect(exp):
     """Copy settings, logs and scores of the runs, no weights, to tests/results/."""
-    for kind in ("args.json", "log.jsonl", "metrics-*.json", "similarity.json"):
+    for kind in ("args.json", "log.jsonl", "metrics-*.json", "similarity.json", "robustness.json"):
         for path in exp.glob(f"*/{kind}"):
             (RESULTS / path.parent.name).mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, RESULTS / path.parent.name / path.name)
@@ -111,6 +149,16 @@ def scores(setting, key="accuracy"):
         folder = f"{names[0]}-s0" if len(names) == 1 else f"ensemble-{'+'.join(names)}"
         metrics = json.loads((RESULTS / folder / f"metrics-{checkpoint}-eval.json").read_text())
         values.append(100 * metrics[key])
+    return values
+
+
+def drop(name):
+    """The drop of a setting's accuracy under a disturbance in % of it, the mean of the four of DISTURBED, on each fold"""
+    values = []
+    for fold in FOLDS:
+        file = json.loads((RESULTS / f"robustness-fold{fold}" / "robustness.json").read_text())
+        [found] = [entry for path, entry in file.items() if pathlib.Path(path).parent.name == f"{name}-fold{fold}-s0"]
+        values.append(statistics.mean(level["mean"] for kind in found["drop"].values() for level in kind.values()))
     return values
 
 
@@ -139,9 +187,13 @@ def table():
     for what, paper, before, after in COMPARED:
         (a, b), (a_map, b_map) = ([scores(s, key) for s in (before, after)] for key in ("accuracy", "mAP"))
         lines.append(f"| {what} | {paper} | {spread(a)} | {spread(b)} | {gain(a, b)} | {gain(a_map, b_map)} |")
-    a, b = correlation("cnn", "ast"), correlation("cnn", "ast-from-cnn")
+    a, b = correlation("cnn", "ast15"), correlation("cnn", "ast15-from-cnn")
     what = "correlation of predictions, CNN and AST → CNN and the AST that it taught"
     lines.append(f"| {what} | 78.6 → 88.0 | {spread(a)} | {spread(b)} | {gain(a, b)} | |")
+    for what, names in (("CNN", ("cnn", "cnn-from-ast15")), ("AST", ("ast15", "ast15-from-cnn"))):
+        a, b = map(drop, names)
+        what = f"drop of the accuracy under masks, shift and noise, {what}, no teacher → taught"
+        lines.append(f"| {what} | less (Figure 4) | {spread(a)} | {spread(b)} | {gain(a, b)} | |")
     return "\n".join(lines)
 
 
