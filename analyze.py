@@ -21,8 +21,10 @@ import os
 import pathlib
 import re
 
+import matplotlib
 import numpy as np
 import torch
+from matplotlib.patches import Rectangle
 
 import dataset
 import evaluate
@@ -73,15 +75,6 @@ def labels_of(items, pool=True):
     return labels
 
 
-def open_checkpoint(path, args, device):
-    """-> (model on the device, meta, data): what a checkpoint holds, and the split that it is analysed on"""
-    model, meta = models.load_checkpoint(path)
-    data = evaluate.open_for(meta, args.split, args.data)
-    if data.n_frames != meta["n_frames"]:
-        model, _ = models.load_checkpoint(path, data.n_frames)
-    return model.to(device), meta, data
-
-
 def score(model, meta, data, device, label, disturb=None):
     """The task's main score, in [0, 1]"""
     p, y = evaluate.predict(model, data, device, meta["mean"], meta["std"], label=label, disturb=disturb)
@@ -114,11 +107,9 @@ def print_table(header, rows):
 
 
 def figure(rows, columns, width, height):
-    """A matplotlib figure of this size in inches -> (figure, [axes])"""
-    plt = evaluate.pyplot()
-    plt.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "pdf.fonttype": 42})
-    fig, axes = plt.subplots(rows, columns, figsize=(width, height), layout="constrained", squeeze=False)
-    return fig, list(axes.flat)
+    """evaluate.figure in the style of this file"""
+    matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "pdf.fonttype": 42})
+    return evaluate.figure((width, height), rows, columns)
 
 
 def draw(ax, i, x, rows, label, taught):
@@ -139,7 +130,6 @@ def save(name, content, fig, out):
     dataset.write_json(out / f"{name}.json", content)
     for kind in ("png", "pdf"):
         dataset.atomic_write(out / f"{name}.{kind}", lambda p: fig.savefig(p, dpi=200))
-    fig.clear()
     print(f"wrote {out / name}.json, .png and .pdf")
 
 
@@ -152,13 +142,10 @@ def disturbance(kind, level, seed, data, device):
     n, T = len(data), data.n_frames
     rng = np.random.default_rng([seed, list(LEVELS).index(kind), round(1000 * level)])
     d = {k: np.zeros(n, np.int64) for k in ("f0", "f1", "t0", "t1", "shift", "noise")}
-    if kind == "frequency mask":
-        d["f0"] = rng.integers(N_MELS - level + 1, size=n)
-        d["f1"] = d["f0"] + level
-    elif kind == "time mask":
-        width = round(level / 100 * T)
-        d["t0"] = rng.integers(T - width + 1, size=n)
-        d["t1"] = d["t0"] + width
+    if kind.endswith("mask"):
+        axis, limit, width = ("f", N_MELS, level) if kind == "frequency mask" else ("t", T, round(level / 100 * T))
+        d[f"{axis}0"] = rng.integers(limit - width + 1, size=n)
+        d[f"{axis}1"] = d[f"{axis}0"] + width
     elif kind == "time shift":
         d["shift"] = rng.integers(-level, level + 1, size=n)
     else:
@@ -177,7 +164,7 @@ def disturbance(kind, level, seed, data, device):
 
 def drops(path, args, device):
     """A checkpoint's clean score, and by disturbance, (SEEDS, levels), its drop in %: 100 (clean - disturbed) / clean"""
-    model, meta, data = open_checkpoint(path, args, device)
+    model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
     clean, drop = score(model, meta, data, device, f"{path}, clean"), {}
     if not clean > 0:
         raise ValueError(f"{path} scores {clean} on clean input and has nothing to lose: give a trained checkpoint")
@@ -275,7 +262,7 @@ def similarity(args, device):
     if len(items) < 2:
         raise ValueError("similarity compares checkpoints, and there is only one: give at least two")
     for _, path in items:
-        model, meta, data = open_checkpoint(path, args, device)
+        model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
         first = first or data
         if (data.classes, data.task, data.ids) != (first.classes, first.task, first.ids):
             raise ValueError(f"{path} and {items[0][1]} differ in classes or clips: give one data set's and fold's")
@@ -299,8 +286,6 @@ def similarity(args, device):
 
 def draw_matrices(matrices, names, taught):
     """Heat maps with their numbers, those of a student and its teacher, taught (n, n), in a box"""
-    from matplotlib.patches import Rectangle
-
     n = len(names)
     fig, axes = figure(1, 2, 3.5 + 1.3 * n, 1.8 + 0.6 * n)
     titles = "Prediction correlation (Pearson's r)", f"SVCCA ({VARIANCE:.0%} of the variance)"
@@ -357,7 +342,7 @@ def attention(args, device):
     items, content, taught = parse(args.ckpt), {}, {}
     labels = labels_of(items)
     for label, (_, path) in zip(labels, items):
-        model, meta, data = open_checkpoint(path, args, device)
+        model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
         if models.family(meta["model"]["name"]) != "ast":
             raise ValueError(f"{path} is a {meta['model']['name']}, and attention distance is an AST's: give ASTs only")
         t, f = attention_distance(model, meta, data, device, str(path)).T
@@ -408,15 +393,14 @@ def score_epochs(run, entry, args, device, keep):
         missing = [split for split in (args.split, "train") if split not in known]
         if not missing:
             continue
-        model, meta = models.load_checkpoint(path)
-        if not data:
+        model, meta, data[args.split] = evaluate.open_checkpoint(path, args.split, args.data, device)
+        if "train" not in data:
             train = "train-balanced" if meta["args"].get("recipe") == "audioset-bal" else "train"
-            data[args.split] = evaluate.open_for(meta, args.split, args.data)
             data["train"] = thinned(evaluate.open_for(meta, train, args.data), len(data[args.split]))
             print(f"{run}: scored on {len(data[args.split])} clips of {args.split} and {len(data['train'])} of {train}")
         for split in missing:
             label = f"{run}, epoch {epoch} of {len(entry['scores'])}, {split}"
-            known[split] = score(model.to(device), meta, data[split], device, label)
+            known[split] = score(model, meta, data[split], device, label)
         known["modified"] = path.stat().st_mtime
         keep()
 
@@ -429,7 +413,9 @@ def curves(args, device):
     content, pruned = {}, []
     for label, (_, run) in zip(labels_of(items), items):
         entry = content[str(run)] = read_run(run, label)
-        scores = old.get(str(run), {}).get("scores", {})
+        entry["data"] = args.data and str(args.data.resolve())
+        before = old.get(str(run), {})
+        scores = before["scores"] if before.get("data") == entry["data"] and "scores" in before else {}
         entry["scores"] = {str(e): scores.get(str(e), {}) for e in range(1, len(entry["loss"]) + 1)}
         for epoch, known in entry["scores"].items():
             if not (run / f"ep-{epoch:>02}.pt").exists() and not {"train", args.split} <= known.keys():
@@ -478,7 +464,9 @@ def draw_curves(content, panels, out):
 def metrics_of(path, args, device):
     """metrics-<checkpoint>-<split>.json beside a checkpoint; scored first where it is missing or older"""
     metrics = path.with_name(f"metrics-{path.stem}-{args.split}.json")
-    if not metrics.exists() or metrics.stat().st_mtime < path.stat().st_mtime:
+    data = args.data or dataset.read_json(path.parent / "args.json")["data"]
+    is_new = metrics.exists() and metrics.stat().st_mtime >= path.stat().st_mtime
+    if not is_new or os.path.realpath(dataset.read_json(metrics)["data"]) != os.path.realpath(data):
         evaluate.score_checkpoints([path], args.split, args.data, device)
     found = dataset.read_json(metrics)
     return found | {"score": found[evaluate.MAIN_SCORE[found["task"]]]}
@@ -495,9 +483,7 @@ def teachers(args, device):
             continue
         if len(known) > 1 or not os.path.isfile(known[0]):
             fault = f"{len(known)} teachers" if len(known) > 1 else f"a teacher that is not at {known[0]}"
-            raise ValueError(
-                f"{path} has {fault}: give students of one teacher, in the folder that they were trained in"
-            )
+            raise ValueError(f"{path} has {fault}: give students of one teacher, in the folder of their training")
         teacher = metrics_of(pathlib.Path(known[0]), args, device)
         points.append({"label": label or f"{teacher['model']} to {student['model']}", "model": student["model"]})
         points[-1] |= {"checkpoint": str(path), "student_score": student["score"]}

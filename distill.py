@@ -113,8 +113,7 @@ def main():
     teachers, metas = load_teachers(args, data, device)
     resolve_tau(args, metas, data)
     names = [meta["model"]["name"] for meta in metas]
-    suffix = "-from-" + "+".join(n.replace(":", "-") for n in names)
-    run = train_teacher.begin(args, data, val, device, suffix, teachers=names)
+    run = train_teacher.begin(args, data, val, device, f"-from-{'+'.join(names)}", teachers=names)
     net, n_steps = models.wrap(run.model, args, device), dataset.steps_in_epoch(data, args)
     for epoch in range(len(run.history) + 1, args.epochs + 1):
         net.train()

@@ -30,7 +30,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from scipy.special import ndtri
-from sklearn.metrics import average_precision_score, roc_auc_score
+from sklearn.metrics import average_precision_score, confusion_matrix, roc_auc_score
 
 import dataset
 import models
@@ -147,6 +147,15 @@ def open_for(meta, split, root=None):
     return data
 
 
+def open_checkpoint(path, split, root, device):
+    """-> (model on the device, for clips of the data's length, meta, data): a checkpoint and what `open_for` opens for it"""
+    model, meta = models.load_checkpoint(path)
+    data = open_for(meta, split, root)
+    if data.n_frames != meta["n_frames"]:
+        model, _ = models.load_checkpoint(path, data.n_frames)
+    return model.to(device), meta, data
+
+
 def report_absent(positives, data):
     names = [name for name, n in zip(data.classes, positives) if not n]
     if names:
@@ -160,20 +169,17 @@ def score_checkpoints(paths, split, root, device):
     total, first, start = 0, None, time.time()
     out, name = (paths[0], "model") if paths[0].is_dir() else (paths[0].parent, paths[0].stem)
     if len(paths) > 1:
-        runs = dict.fromkeys(re.sub(r"-s\d+$", "", p.parent.name) for p in paths)
-        out = paths[0].parent.parent / ("ensemble-" + "+".join(runs))
+        runs = dict.fromkeys(re.sub(r"-s\d+$", "", p.absolute().parent.name) for p in paths)
+        out = pathlib.Path(os.path.normpath(paths[0].parent / ".." / ("ensemble-" + "+".join(runs))))
     for path in paths:
-        model, meta = models.load_checkpoint(path)
+        model, meta, data = open_checkpoint(path, split, root, device)
         if not os.access(out if out.exists() else out.parent, os.W_OK):
             raise ValueError(f"{out} is not writable, and the scores go there: copy the checkpoint elsewhere")
         first = first or meta
         if (meta["classes"], meta["args"].get("fold")) != (first["classes"], first["args"].get("fold")):
             raise ValueError(f"{path} and {paths[0]} differ in classes or fold: they cannot be an ensemble")
-        data = open_for(meta, split, root)
-        if data.n_frames != meta["n_frames"]:
-            model, _ = models.load_checkpoint(path, data.n_frames)
-        label = f"{path.parent.name} on {split}"
-        p, y = predict(model.to(device), data, device, meta["mean"], meta["std"], label=label)
+        label = f"{path.absolute().parent.name} on {split}"
+        p, y = predict(model, data, device, meta["mean"], meta["std"], label=label)
         total = total + p / len(paths)
         n_params = sum(v.numel() for v in model.parameters())
     if rank():
@@ -218,24 +224,22 @@ def print_scores(found, classes, ap, positives):
             title = ""
 
 
-def pyplot():
-    import matplotlib
+def figure(size, rows=1, columns=1, **options):
+    """A matplotlib figure of this size in inches -> (figure, [axes])"""
+    import matplotlib.figure
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    plt.rcParams["text.parse_math"] = False  # a $ in a class name is a $
-    return plt
+    matplotlib.rcParams["text.parse_math"] = False  # a $ in a class name is a $
+    fig = matplotlib.figure.Figure(size, layout="constrained")
+    return fig, list(fig.subplots(rows, columns, squeeze=False, **options).flat)
 
 
 def draw_classes(path, classes, ap, positives):
     """The AP of every class that has a positive, from the best to the worst, a hundred to a column."""
-    plt, order = pyplot(), sorted(np.flatnonzero(positives), key=lambda c: -ap[c])
+    order = sorted(np.flatnonzero(positives), key=lambda c: -ap[c])
     columns = max(1, math.ceil(len(order) / 100))
     rows = math.ceil(len(order) / columns)
-    size = (1 + 4.5 * columns, 1 + 0.16 * rows)
-    fig, axes = plt.subplots(1, columns, figsize=size, squeeze=False, layout="constrained")
-    for ax, at in zip(axes[0], range(0, len(order), max(1, rows))):
+    fig, axes = figure((1 + 4.5 * columns, 1 + 0.16 * rows), 1, columns)
+    for ax, at in zip(axes, range(0, len(order), max(1, rows))):
         part = order[at : at + rows]
         ax.barh(range(len(part)), [100 * ap[c] for c in part], height=0.7)
         ax.set_yticks(range(len(part)), [f"{short(classes[c])} ({positives[c]})" for c in part], fontsize=7)
@@ -243,27 +247,22 @@ def draw_classes(path, classes, ap, positives):
         ax.grid(axis="x", alpha=0.3)
     fig.suptitle(f"mean {100 * np.nanmean(ap):.1f} %, in brackets the clips of a class", fontsize=9)
     dataset.atomic_write(path, lambda p: fig.savefig(p, dpi=130))
-    plt.close(fig)
 
 
 def draw_confusion(path, classes, true, predicted):
     """What the clips of a class (a row, in shares of it) were taken for; where there is room, with their number."""
-    plt, C = pyplot(), len(classes)
-    counts = np.zeros((C, C), int)
-    np.add.at(counts, (true, predicted), 1)
-    size = 3 + 0.18 * C
-    fig, ax = plt.subplots(figsize=(size, size), layout="constrained")
+    C = len(classes)
+    counts, size = confusion_matrix(true, predicted, labels=np.arange(C)), 3 + 0.18 * C
+    fig, (ax,) = figure((size, size))
     ax.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
     names = [short(name) for name in classes]
     ax.set_xticks(range(C), names, fontsize=7, rotation=90)
     ax.set_yticks(range(C), names, fontsize=7)
     ax.set(xlabel="predicted", ylabel="true")
-    for i, j in np.argwhere(counts):
-        if C <= 50:
-            dark = counts[i, j] > counts[i].sum() / 2
-            ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=6, color="white" if dark else "black")
+    for i, j in np.argwhere(counts) if C <= 50 else []:
+        dark = counts[i, j] > counts[i].sum() / 2
+        ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=6, color="white" if dark else "black")
     dataset.atomic_write(path, lambda p: fig.savefig(p, dpi=min(130, 8000 / size)))
-    plt.close(fig)
 
 
 # ------------------------------------------------------------------------------------------------ weight averaging
@@ -307,19 +306,19 @@ def average_run(run, device, keep_epochs=False):
     args = dataset.read_json(run / "args.json", "epochs", "average", "keep_epochs")
     if not (run / "last.pt").exists() or models.read_checkpoint(run / "last.pt")["epoch"] < args["epochs"]:
         raise ValueError(f"{run} is not trained to its last epoch ({args['epochs']}): run its training command again")
-    epochs = {int(p.stem[3:]): p for p in run.glob("ep-*.pt") if int(p.stem[3:]) > 0}
+    paths = [run / f"ep-{epoch:02d}.pt" for epoch in range(1, args["epochs"] + 1)]
     if args["average"] == "off":
         print(f"{run}: its recipe has no weight averaging")
     else:
-        if sorted(epochs) != list(range(1, args["epochs"] + 1)):
+        if not all(path.exists() for path in paths):
             raise ValueError(f"{run} lacks some of ep-01.pt to ep-{args['epochs']:02d}.pt: pruned, or never written")
-        model, meta = models.load_checkpoint(epochs[args["epochs"]])
+        model, meta = models.load_checkpoint(paths[-1])
         if args["average"] == "val":
-            best, data, order = None, open_for(meta, "val"), sorted(epochs)
+            best, data = None, open_for(meta, "val")
             model.to(device)
-            for epoch, mean in zip(reversed(order), running_means([epochs[e] for e in order])):
+            for epoch, mean in zip(range(len(paths), 0, -1), running_means(paths)):
                 model.load_state_dict(mean)
-                label = f"average {epoch}-{args['epochs']}"
+                label = f"average {epoch}-{len(paths)}"
                 p, y = predict(model, data, device, meta["mean"], meta["std"], label=label)
                 score = scores(p, y, data.task)[MAIN_SCORE[data.task]]
                 if best is None or score > best:
@@ -327,7 +326,7 @@ def average_run(run, device, keep_epochs=False):
             print(f"{run}: epochs {start}-{args['epochs']} are best on val, {MAIN_SCORE[data.task]} {100 * best:.2f}")
         else:
             start, best = args["average"], None
-            state = average_weights([epochs[e] for e in range(start, args["epochs"] + 1)])
+            state = average_weights(paths[start - 1 :])
             print(f"{run}: epochs {start}-{args['epochs']}, as the recipe says")
         if rank() == 0:
             model.load_state_dict(state)
@@ -420,15 +419,13 @@ def draw_curves(folder, score):
             raise ValueError(f"{path} is damaged: remove it, the same table is made without its curve") from e
     if not curves:
         return None
-    plt = pyplot()
-    fig, ax = plt.subplots(figsize=(7, 4.2), layout="constrained")
+    fig, (ax,) = figure((7, 4.2))
     for name, values in curves.items():
         ax.plot(range(1, len(values) + 1), values, "-" if "-from-" in name else "--", label=name)
     ax.set(xlabel="epoch", ylabel=f"validation {score} (%)")
     ax.grid(alpha=0.3)
     ax.legend(fontsize=8)
     dataset.atomic_write(folder / "summary.png", lambda p: fig.savefig(p, dpi=130))
-    plt.close(fig)
     return folder / "summary.png"
 
 
@@ -468,7 +465,7 @@ def stream_audio(path, window, hop):
             second, x = second + done, x[done * rate :]  # for the filter a second before the window, and one after it
             lacking = ((start + n) // Hz + 2 - second) * rate - len(x)
             x = torch.cat([x, prep_data.read_mono(f, max(0, lacking))])
-            y = prep_data.resampler(f.samplerate)(x) if len(x) and f.samplerate != Hz else x
+            y = prep_data.resampler(f.samplerate)(x) if len(x) else x
             y = y[start - second * Hz :]
             if len(y) >= 400:
                 yield start / Hz, y[:n]
@@ -543,9 +540,7 @@ def tag(a, device):
     """Print the tags of files, and write what --json, --frames, --embed and --plot ask for. A file that cannot be read is named,
     and the others are tagged before a ValueError ends the command."""
     try:
-        import soundfile
-
-        import prep_data  # noqa: F401
+        import prep_data
     except ImportError as e:
         raise ValueError(f"--audio needs soundfile and torchaudio, and {e.name} is missing: install {e.name}") from e
     loaded, window, hop = open_taggers(a, device)
@@ -557,7 +552,7 @@ def tag(a, device):
         for n, path in enumerate(files, 1):
             try:
                 spans, p, tags, z = tag_file(path, loaded, window, hop, device, bar, frames, a.embed)
-            except (soundfile.SoundFileError, ValueError, OSError) as e:
+            except (prep_data.soundfile.SoundFileError, ValueError, OSError) as e:
                 failed.append(f"{path}: {' '.join(str(e).split())}")
                 bar.write(f"skipped {failed[-1]}", file=sys.stderr)
                 continue
@@ -572,7 +567,7 @@ def tag(a, device):
                 tags = tags or [(*span, q) for span, q in zip(spans, p)]
                 draw_tags(out, path, [classes.index(t["class"]) for t in one["tags"]], classes, tags)
     if a.json and found:
-        dataset.atomic_write(a.json, lambda p: p.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8"))
+        dataset.write_json(a.json, found)
     if a.frames and found:
         lines = ((*row[:3], *(f"{v:.5f}" for v in row[3])) for row in rows)
         dataset.write_csv(a.frames, ["file", "start", "end", *classes], lines)
@@ -598,15 +593,13 @@ def draw_tags(out, path, chosen, classes, tags):
     """The log-mel of a file, and under it the probabilities of the chosen classes over time: tags [(start, end, (C,))]."""
     import prep_data
 
-    plt, seconds = pyplot(), tags[-1][1]
+    seconds = tags[-1][1]
     every = max(1, round(seconds * 100 / 4000))  # of so many frames one is drawn
     mel = torch.zeros(0, dataset.N_MELS)
     for _, samples in stream_audio(path, 10, 10):  # one tensor: many small ones fragment the heap
         mel = torch.cat([mel, prep_data.fbank(samples)[::every]])
     height = 0.6 + 0.24 * len(chosen)
-    fig, (top, low) = plt.subplots(
-        2, 1, sharex=True, layout="constrained", figsize=(9, 3 + height), height_ratios=(2.4, height)
-    )
+    fig, (top, low) = figure((9, 3 + height), 2, sharex=True, height_ratios=(2.4, height))
     top.imshow(mel.T.numpy(), origin="lower", aspect="auto", extent=(0, seconds, 0, dataset.N_MELS), cmap="magma")
     top.set(ylabel="mel bin", title=pathlib.Path(path).name)
     edges = [start for start, _, _ in tags] + [seconds]
@@ -616,7 +609,6 @@ def draw_tags(out, path, chosen, classes, tags):
     low.set(xlabel="time (s)", ylim=(len(chosen), 0), xlim=(0, seconds))
     fig.colorbar(drawn, ax=low, label="probability")
     dataset.atomic_write(out, lambda p: fig.savefig(p, dpi=130))
-    plt.close(fig)
 
 
 # ---------------------------------------------------------------------------------------------------------- export

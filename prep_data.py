@@ -123,9 +123,7 @@ def fbank(waveform, sample_rate=SAMPLE_RATE):
     torchaudio.compliance.kaldi.fbank(htk_compat=True, window_type='hanning', num_mel_bins=128, dither=0) at 16 kHz, with
     tables that are made once. Fewer than 400 samples at 16 kHz give 0 frames.
     """
-    x = torch.as_tensor(waveform, dtype=torch.float32)
-    if sample_rate != SAMPLE_RATE:
-        x = resampler(sample_rate)(x)
+    x = resampler(sample_rate)(torch.as_tensor(waveform, dtype=torch.float32))
     if len(x) < 400:
         return x.new_zeros(0, N_MELS)
     window = torch.nn.functional.pad(torch.hann_window(400, periodic=False), (0, 112))
@@ -171,11 +169,10 @@ def load_audio(path, seconds, member=None):
     Raises soundfile.LibsndfileError for what it cannot decode, FileNotFoundError, ValueError for no or non-finite samples.
     """
     with open_audio(path, member) as f:
-        rate = f.samplerate
-        x = read_mono(f, math.ceil((seconds + 0.1) * rate))  # with a margin for the filter
+        x = read_mono(f, math.ceil((seconds + 0.1) * f.samplerate))  # with a margin for the filter
     if not len(x):
         raise ValueError("no samples")
-    return (x if rate == SAMPLE_RATE else resampler(rate)(x))[: round(seconds * SAMPLE_RATE)]
+    return resampler(f.samplerate)(x)[: round(seconds * SAMPLE_RATE)]
 
 
 # ------------------------------------------------------------------------------------------------------------ datasets
@@ -197,29 +194,29 @@ def read_rows(path, **dialect):
 
 
 def read_table(path, columns, numbers=()):
-    """[{column: cell, 'line': its number}] of a table that has these columns. `numbers` become integers, or stay empty."""
+    """Yield {column: cell, 'line': its number} of a table that has these columns. `numbers` become integers, or stay empty."""
     rows = read_rows(path)
-    names, table = [name.strip() for name in next(rows, (1, []))[1]], []
+    names = [name.strip() for name in next(rows, (1, []))[1]]
     for column in columns:
         if column not in names:
             raise ValueError(f"{path} has no column '{column}': its first line must name {', '.join(columns)}")
     for line, row in rows:
         if len(row) != len(names):
             raise ValueError(f"{path} line {line} does not have the {len(names)} cells of the first line")
-        table.append(dict(zip(names, row)) | {"line": line})
+        cells = dict(zip(names, row)) | {"line": line}
         for column in {*numbers} & {*names}:
-            text = table[-1][column].strip()
+            text = cells[column].strip()
             if not text.isdecimal() and (text or column in columns):
                 raise ValueError(f"{path} line {line}: {column} '{text}' is not a whole number")
-            table[-1][column] = int(text) if text else ""
-    return table
+            cells[column] = int(text) if text else ""
+        yield cells
 
 
 def esc(root, ten):
     """ESC-50's official layout; ESC-10 is the rows whose esc10 column is True."""
     columns, audio = ["filename", "fold", "target", "category", "esc10"], root / "audio"
-    rows = read_table(root / "meta" / "esc50.csv", columns, ["fold", "target"])
-    rows = [r for r in rows if not ten or r["esc10"] == "True"]
+    table = read_table(root / "meta" / "esc50.csv", columns, ["fold", "target"])
+    rows = [r for r in table if not ten or r["esc10"] == "True"]
     names = {r["target"]: r["category"] for r in rows}
     index = {target: i for i, target in enumerate(sorted(names))}
     clips = [Clip(r["filename"], str(audio / r["filename"]), "", r["fold"], [index[r["target"]]]) for r in rows]
@@ -229,10 +226,10 @@ def esc(root, ten):
 def fsd50k(root):
     """FSD50K's official layout and its official split of the dev part into train and val."""
     truth, clips = root / "FSD50K.ground_truth", []
-    tables = {part: read_table(truth / f"{part}.csv", ["fname", "labels", "mids"]) for part in ("dev", "eval")}
     classes = [(mid, name) for _, (_, name, mid) in read_rows(truth / "vocabulary.csv")]
     index = {mid: i for i, (mid, _) in enumerate(classes)}
-    for part, r in ((part, r) for part, rows in tables.items() for r in rows):
+    columns = ["fname", "labels", "mids"]
+    for part, r in ((p, r) for p in ("dev", "eval") for r in read_table(truth / f"{p}.csv", columns)):
         labels = [index.get(mid) for mid in r["mids"].split(",")]
         if None in labels:
             raise ValueError(f"{truth / part}.csv line {r['line']}: a class of '{r['mids']}' is not in vocabulary.csv")
@@ -325,7 +322,7 @@ def class_folders(root):
 
 def own_table(table):
     """Anybody's table: path,labels[,split][,fold]; a missing split is made, stratified 80/10/10, and printed."""
-    rows = read_table(table, ["path", "labels"], ["fold"])
+    rows = list(read_table(table, ["path", "labels"], ["fold"]))
     labels = [sorted({v.strip() for v in r["labels"].split(";") if v.strip()}) for r in rows]
     index = {name: i for i, name in enumerate(sorted({v for own in labels for v in own}))}
     if not index:
@@ -694,13 +691,13 @@ def check(out):
     """Verify a prepared folder: every byte of its shards, every row of its table. ValueError names what is wrong."""
     if not (out / "stats.json").is_file():
         raise FileNotFoundError(f"{out} is not complete: run prep_data.py with --out {out}")
-    rows = read_table(out / "clips.csv", dataset.CLIP_COLUMNS)
-    for split, fold in {("eval", r["fold"]) if r["fold"] else (r["split"], None) for r in rows} or {("train", None)}:
+    counts = collections.Counter((r["split"], r["fold"]) for r in read_table(out / "clips.csv", dataset.CLIP_COLUMNS))
+    for split, fold in {("eval", fold) if fold else (split, None) for split, fold in counts} or {("train", None)}:
         data = dataset.FbankDataset(out, split, fold)  # ValueError for what does not fit
     for s, crc in enumerate(tqdm(data.stats["crc32"], unit="shard")):
         if crc32(out / f"fbank-{s:05d}.npy") != crc:
             raise ValueError(f"{out}/fbank-{s:05d}.npy is damaged: remove {out} and prepare it again")
-    print(f"{out} is sound: {len(rows)} clips, {s + 1} shards, {data.task}")
+    print(f"{out} is sound: {counts.total()} clips, {s + 1} shards, {data.task}")
 
 
 def main():

@@ -133,9 +133,7 @@ def check_ranges(args, data, kind):
     if kind == "cnn" and any(args.patchout):
         raise ValueError(f"--patchout drops an AST's patches, and {args.model} has none: leave it out")
     if len(data.classes) == 1 and (data.labels[:, 0] == 0).all():
-        raise ValueError(
-            f"every training clip of {data.root} is '{data.classes[0]}', the only class: add clips without it"
-        )
+        raise ValueError(f"every training clip of {data.root} is '{data.classes[0]}', the only class: add others")
 
 
 def differs(old, key, value, given):
@@ -157,7 +155,7 @@ def claim(args, data, suffix=""):
     if args.out is None:
         name = pathlib.Path(os.path.abspath(data.root)).name  # a link keeps its name
         fold = "" if args.fold is None else f"-fold{args.fold}"
-        args.out = pathlib.Path("exp", name, f"{args.model.replace(':', '-')}{suffix}{fold}-s{args.seed}")
+        args.out = pathlib.Path("exp", name, f"{args.model}{suffix}{fold}-s{args.seed}".replace(":", "-"))
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "given")}
     settings = json.loads(json.dumps(settings | {"data": str(data.root)}))  # tuples become lists
     models.check_same(data.root, data.stats["crc32"])

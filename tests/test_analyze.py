@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import AST, CNN, in_ranks, inside
+from conftest import AST, CNN, in_ranks, inside, write_prepared
 from torch import nn
 
 import analyze
@@ -101,10 +101,10 @@ class OneFrame(nn.Module):
 
 
 def drops_of(monkeypatch, model, data, kinds, levels=None):
-    monkeypatch.setattr(analyze, "open_checkpoint", lambda *_: (model, META, data))
+    monkeypatch.setattr(evaluate, "open_checkpoint", lambda *_: (model, META, data))
     for kind, values in (levels or {}).items():
         monkeypatch.setitem(analyze.LEVELS, kind, (values, ""))
-    return analyze.drops("x.pt", type("Args", (), {"disturb": kinds}), CPU)
+    return analyze.drops("x.pt", type("Args", (), {"disturb": kinds, "split": "train", "data": None}), CPU)
 
 
 def test_a_model_that_ignores_time_loses_nothing_under_shift(multi, monkeypatch):
@@ -327,6 +327,23 @@ def test_teachers_by_epoch(runs, tmp_path):
         assert point["label"] == f"{AST} to {CNN}" and point["teacher"] == str(runs / "ast-s0" / f"ep-0{epoch}.pt")
         assert (point["teacher_score"], point["student_score"]) == (teacher["mAP"], student["mAP"])
     assert len(found["no_kd"][CNN]) == 1 and f"{CNN} without KD" in output
+
+
+def test_another_folder_of_longer_clips_has_scores_of_its_own(runs, tmp_path):
+    """--data of another length resamples an AST's positions, and nothing that was scored on one folder is taken for the other's."""
+    other = write_prepared(tmp_path / "longer", {"train": 20, "eval": 12}, True, n_frames=45)
+    line = ["analyze.py", "curves", runs / "ast-s0", "--out", tmp_path]
+    found = []
+    for flags in ((), ("--data", other), ()):
+        inside(*line, *flags)
+        found.append(content(tmp_path, "curves")[str(runs / "ast-s0")]["scores"]["2"]["eval"])
+    assert found[0] == found[2] != found[1]
+    line, found = ["analyze.py", "teachers", runs / "cnn-from-ast2-s0", "--out", tmp_path], []
+    for flags in ((), ("--data", other), ()):
+        inside(*line, *flags)
+        [point] = content(tmp_path, "teachers")["points"]
+        found.append((point["teacher_score"], point["student_score"]))
+    assert found[0] == found[2] and all(a != b for a, b in zip(*found[:2]))
 
 
 # ------------------------------------------------------------------------------------------------ labels and errors

@@ -336,7 +336,7 @@ def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys):
     with pytest.raises(SystemExit, match=f"error: --root {nowhere} does not exist"):
         runpy.run_path(str(ROOT / "prep_data.py"), run_name="__main__")
     for args, says in (
-        (["fsd50k", "--root", tmp_path], r"dev\.csv is missing.*--root"),
+        (["fsd50k", "--root", tmp_path], r"vocabulary\.csv is missing.*--root"),
         (["esc10", "--root", tmp_path], r"esc50\.csv is missing.*--root"),
         (["audioset"], r"needs --root.*class_labels_indices.csv.*cannot be downloaded"),
         (["csv"], "needs --root"),

@@ -169,6 +169,11 @@ def test_scores_of_a_checkpoint_and_of_an_ensemble(multi, tmp_path):
     assert f"{100 * found['mAP']:.2f}" in output and f"14 clips of {multi} (eval)" in output
     p, y = np.mean([by_hand(path, multi, "eval")[0] for path in paths], axis=0), single["eval"][1]
     together = written(tmp_path / "ensemble-cnn")
+    shutil.rmtree(tmp_path / "ensemble-cnn")
+    with pytest.MonkeyPatch.context() as patch:  # from inside the run
+        patch.chdir(tmp_path / "cnn-s0")
+        assert "../ensemble-cnn/metrics" in inside("evaluate.py", "--ckpt", "best.pt", "../cnn-s1/best.pt", paths[2])
+    assert written(tmp_path / "ensemble-cnn")["mAP"] == together["mAP"]
     assert together["mAP"] == pytest.approx(average_precision_score(y, p, average="macro"), abs=1e-5)
     assert together["checkpoints"] == [str(path) for path in paths] and together["mAP"] != pytest.approx(found["mAP"])
     rows = list(csv.reader((tmp_path / "ensemble-cnn" / "per_class-best-eval.csv").read_text().splitlines()))
