@@ -39,17 +39,6 @@ def world():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def cores():
-    """The cores that this process may use: those of its affinity, fewer where a container's quota says so."""
-    n, quota = os.cpu_count(), pathlib.Path("/sys/fs/cgroup/cpu.max")
-    if hasattr(os, "sched_getaffinity"):  # not on macOS
-        n = len(os.sched_getaffinity(0))
-    if quota.exists():
-        limit, period = quota.read_text().split()
-        n = n if limit == "max" else min(n, math.ceil(int(limit) / int(period)))
-    return n
-
-
 def atomic_write(path, write):
     """Call write(temporary path), flush it to disk, and rename it to `path`: a file that exists is complete."""
     path = pathlib.Path(path)
@@ -147,8 +136,7 @@ class FbankDataset(torch.utils.data.Dataset):
         if not (self.root / "stats.json").is_file():
             what = "is not complete (interrupted?)" if any(self.root.glob("fbank-*")) else "is not a prepared folder"
             raise FileNotFoundError(f"{self.root} {what}: run prep_data.py with --out {self.root}")
-        facts = "source", "task", "n_frames", "sample_rate", "crc32", "tables"
-        self.stats = read_json(self.root / "stats.json", *facts)
+        self.stats = read_json(self.root / "stats.json", "source", "task", "n_frames", "sample_rate", "crc32", "tables")
         if (version := self.stats.get("version")) != VERSION:
             raise ValueError(f"{self.root} has format version {version}, not {VERSION}: prepare it again")
         for name, crc in self.stats["tables"].items():

@@ -118,8 +118,7 @@ def main():
     for epoch in range(len(run.history) + 1, args.epochs + 1):
         net.train()
         began, first, decay = time.monotonic(), len(run.log), train_teacher.decay_factor(args, epoch, run.history)
-        log = torch.zeros(n_steps, train_teacher.COLUMNS_OF_LOG, device=device)  # a row a step; stays on the device
-        log[:first] = run.log  # of an interrupted epoch
+        log = F.pad(run.log, (0, 0, 0, n_steps - first)).to(device)  # a row a step, first those before an interruption
         with models.progress(n_steps * args.batch_size, f"epoch {epoch}", first * args.batch_size) as bar:
             for step, (x, y, mixed, keep) in enumerate(dataset.batches(data, args, epoch, device, first), first):
                 for group in run.optimizer.param_groups:  # linear warmup times the epoch's decay

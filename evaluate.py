@@ -26,6 +26,7 @@ import time
 import warnings
 
 import numpy as np
+import safetensors.torch  # comes with timm
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -654,8 +655,6 @@ def export_onnx(path, model, meta):
 def export_hugging_face(folder, model, meta):
     """Write an AST as transformers.ASTForAudioClassification and its ASTFeatureExtractor read it: 0.0 log-mel after the end of a
     clip, (x - mean) / (2 std). ValueError for what Hugging Face's AST does not have."""
-    import safetensors.torch  # comes with timm
-
     if not isinstance(model, models.AST) or model.kd_head is not None:
         what = "with a distillation head" if isinstance(model, models.AST) else f"but '{meta['model']['name']}'"
         raise ValueError(f"--export {folder}: Hugging Face has AST, not one {what}: use --export model.onnx")

@@ -14,6 +14,7 @@ one, `model(x)` is the mean of the two. `model.features(x)` gives the representa
 import atexit
 import gc
 import itertools
+import math
 import os
 import pathlib
 import re
@@ -25,6 +26,8 @@ import urllib.parse
 import urllib.request
 import zipfile
 
+import joblib  # comes with scikit-learn
+import safetensors.torch  # comes with timm
 import timm
 import torch
 import torch.distributed as dist
@@ -53,6 +56,7 @@ MODELS = {
 STOCHASTIC_DEPTH = 0.2  # of EfficientNets, torchvision's default: the paper's CNNs are torchvision's (footnote 1)
 PRECISION = {"cuda": "bfloat16", "cpu": "float32"}
 FORMAT = 1  # of the files that save_checkpoint writes
+WRAPPER = r"^(module\.|_orig_mod\.)+"  # what DDP and torch.compile put before a name
 
 
 def family(name):
@@ -205,10 +209,9 @@ def build_model(name, n_classes, n_frames=1000, pretrained=False, kd_head=False)
     else:
         try:
             model = {"cnn": CNN, "hybrid": Hybrid}[kind](tag, n_classes, kd_head)
-            training = model.training
             with torch.no_grad():
                 z = model.eval().feature_map(torch.zeros(1, n_frames, N_MELS))
-            model.train(training)
+            model.train()
         except (AssertionError, AttributeError, RuntimeError, TypeError) as e:
             raise ValueError(f"'{name}' cannot take (1, {N_MELS}, {n_frames}) spectrograms as a CNN: {e}") from e
         if z.ndim != 4 or z.shape[1] != model.backbone.head_hidden_size:
@@ -238,8 +241,7 @@ def imagenet_state(tag):
         return timm.create_model(tag, pretrained=True).state_dict()
     except Exception as e:  # the client raises errors of several libraries: network, HTTP, cache, timm itself
         way_out = "connect to a network, or give --pretrained PATH (timm's weights), or --pretrained no for random ones"
-        source = f"{constants.ENDPOINT} or its cache ({type(e).__name__})"
-        raise ValueError(f"cannot get the ImageNet weights '{tag}' from {source}: {way_out}") from e
+        raise ValueError(f"cannot get the ImageNet weights '{tag}' ({type(e).__name__}): {way_out}") from e
 
 
 def read_weights(path):
@@ -253,22 +255,14 @@ def read_weights(path):
         path = found[0]
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}")
-    if path.suffix == ".safetensors":
-        import safetensors.torch  # comes with timm
-
-        try:
-            state = safetensors.torch.load_file(path)
-        except safetensors.SafetensorError as e:
-            raise ValueError(f"{path} is not a readable weight file (damaged, or not safetensors)") from e
-    else:
-        state = torch_load(path)
+    state = torch_load(path)
     for key in ("state", "model", "state_dict"):  # ours, DeiT's own release, Lightning
         inner = state.get(key) if isinstance(state, dict) else None
         if isinstance(inner, dict) and any(map(torch.is_tensor, inner.values())):
             state = inner
     if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path} is not a state dict of tensors")
-    return {re.sub(r"^(module\.|_orig_mod\.)+", "", k): v for k, v in state.items()}
+    return {re.sub(WRAPPER, "", k): v for k, v in state.items()}
 
 
 # Hugging Face ASTForAudioClassification, as saved and (after |) as transformers 5 holds it -> AST release
@@ -330,16 +324,11 @@ def to_hugging_face(state):
 def resize_positions(pos, old, new):
     """Position embeddings (1, 2 + f*t, d) of grid old = (f, t) for grid new: cut from the centre where new is smaller,
     bilinear where it is larger, frequency and time each (Section 2.2 and the AST release)."""
-    prefix, grid = pos[:, :2], pos[:, 2:]
-    grid = grid.reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, d, f, t)
-    for dim, size in ((2, new[0]), (3, new[1])):
-        have = grid.shape[dim]
-        if size <= have:
-            grid = grid.narrow(dim, have // 2 - size // 2, size)
-        else:
-            shape = [size if i == dim else n for i, n in enumerate(grid.shape)][2:]
-            grid = nn.functional.interpolate(grid, shape, mode="bilinear", align_corners=False)
-    return torch.cat([prefix, grid.flatten(2).transpose(1, 2)], 1)
+    grid = pos[:, 2:].reshape(1, *old, -1).permute(0, 3, 1, 2)  # (1, d, f, t)
+    grid = nn.functional.interpolate(grid, [*map(max, old, new)], mode="bilinear", align_corners=False)
+    for dim, size in enumerate(new, 2):
+        grid = grid.narrow(dim, grid.shape[dim] // 2 - size // 2, size)
+    return torch.cat([pos[:, :2], grid.flatten(2).transpose(1, 2)], 1)
 
 
 def from_timm_vit(state, grid, source):
@@ -402,14 +391,10 @@ def to_ast(model, state, source):
 def to_cnn(model, state):
     """A state dict of a timm CNN with the names of our CNN or hybrid."""
     if any(k.startswith("backbone.") for k in state):
-        return state, []
+        return state
     classifier = model.backbone.pretrained_cfg.get("classifier", "classifier")
     rename = lambda k: "head" + k[len(classifier) :] if k.startswith(classifier + ".") else "backbone." + k
-    state = {rename(k): v for k, v in state.items()}
-    if isinstance(model, Hybrid):
-        state = {k: v for k, v in state.items() if k not in ("head.weight", "head.bias")}
-        return state, ["no attention head in it: ours starts at its initialisation"]
-    return state, []
+    return {rename(k): v for k, v in state.items()}
 
 
 def load_pretrained(model, path):
@@ -427,7 +412,7 @@ def load_state(model, state, source):
     """load_pretrained on a state dict; `source` names it in messages."""
     check_finite(state, source)
     own = model.state_dict()
-    state, changed = to_ast(model, state, source) if isinstance(model, AST) else to_cnn(model, state)
+    state, changed = to_ast(model, state, source) if isinstance(model, AST) else (to_cnn(model, state), [])
     for key, value in state.items():  # a 3-channel stem: the sum equals showing the spectrogram on all three channels
         if key in own and value.ndim == 4 and value.shape[1] == 3 and own[key].shape[1] == 1:
             state[key] = value.sum(1, keepdim=True)
@@ -436,11 +421,9 @@ def load_state(model, state, source):
         theirs = {k: v.shape for k, v in state.items() if k.startswith(head)}
         if mine != theirs and (mine or head == "kd_head."):
             state = {k: v for k, v in state.items() if k not in theirs} | {k: own[k] for k in mine}
-            found = f"its {head[:-1]} is for other classes" if theirs else f"no {head[:-1]} in it"
+            found = f"its {head[:-1]} is for other classes or of another kind" if theirs else f"no {head[:-1]} in it"
             changed.append(f"{found}: ours starts at its initialisation" if mine else f"its {head[:-1]} was left out")
-    for key in own:  # a counter that old files lack; it does not change what a model computes
-        if key.endswith("num_batches_tracked"):
-            state.setdefault(key, own[key])
+    state = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | state  # old files lack these counters
     faults = {
         "missing": [k for k in own if k not in state],
         "unexpected": [k for k in state if k not in own],
@@ -458,9 +441,7 @@ def load_state(model, state, source):
 
 def plain_state(model):
     """The state dict on the CPU, under the names of the bare model whatever wraps it (DDP, torch.compile)."""
-    while hasattr(model, "module") or hasattr(model, "_orig_mod"):
-        model = model.module if hasattr(model, "module") else model._orig_mod
-    return {k: v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+    return {re.sub(WRAPPER, "", k): v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
 
 
 def save_checkpoint(path, model, **meta):
@@ -481,6 +462,8 @@ def save_checkpoint(path, model, **meta):
 def torch_load(path):
     """torch.load with weights_only=True on the CPU; ValueError for what is damaged, a flipped bit included, or no such file."""
     try:
+        if str(path).endswith(".safetensors"):
+            return safetensors.torch.load_file(path)
         if zipfile.is_zipfile(path):  # torch.load does not verify the CRCs that a checkpoint, a zip, holds
             with zipfile.ZipFile(path) as z:
                 if z.testzip() is not None:
@@ -489,7 +472,7 @@ def torch_load(path):
     except OSError:
         raise
     except Exception as e:  # the unpickler raises almost anything on bytes that are not its own
-        raise ValueError(f"{path} is not a readable weight file (damaged, or not made by torch.save)") from e
+        raise ValueError(f"{path} is not a readable weight file (damaged, or of another format)") from e
 
 
 def read_checkpoint(path):
@@ -498,8 +481,7 @@ def read_checkpoint(path):
         raise FileNotFoundError(f"no checkpoint at {path}")
     file = torch_load(path)
     if not isinstance(file, dict) or "format" not in file or "state" not in file:
-        folder = "from a folder with its config.json and preprocessor_config.json"
-        way_out = f"foreign weights start a student with --pretrained; an AST's can also be scored or teach, {folder}"
+        way_out = "give it to --pretrained, or an AST's folder with config.json and preprocessor_config.json"
         raise ValueError(f"{path} is no checkpoint of this project: {way_out}")
     if file["format"] != FORMAT:
         raise ValueError(f"{path} has format {file['format']}, not {FORMAT}: use the version that wrote it")
@@ -520,7 +502,7 @@ AST_CONFIG = {  # what Hugging Face's config.json may vary and our AST does not:
 
 
 def read_folder(folder):
-    """An AST's folder as Hugging Face holds it -> (its config.json, the meta that a checkpoint of ours would have, without model).
+    """An AST's folder as Hugging Face holds it, or with the original release's .pth -> what read_checkpoint gives, and its eps.
 
     Classes and task are those of config.json (id2label, problem_type), the normalisation that of preprocessor_config.json. Our
     export also notes the fold. Without a problem_type, AudioSet's 527 classes are multi-label and all others single-label.
@@ -529,10 +511,8 @@ def read_folder(folder):
         if not (folder / name).is_file():
             raise FileNotFoundError(f"{folder} has no {name}, which holds an AST's labels or normalisation: add it")
     config, audio = (dataset.read_json(folder / n) for n in ("config.json", "preprocessor_config.json"))
-    fixed = [(k, config.get(k, v), v) for k, v in AST_CONFIG.items()]
-    fixed += [("sampling_rate", audio.get("sampling_rate", dataset.SAMPLE_RATE), dataset.SAMPLE_RATE)]
-    for key, value, ours in fixed:
-        if value != ours:
+    for key, ours in (AST_CONFIG | {"sampling_rate": dataset.SAMPLE_RATE}).items():
+        if (value := (audio | config).get(key, ours)) != ours:
             raise ValueError(f"{folder} holds an AST with {key} {value}, and ours has {ours}: it cannot be used here")
     try:
         classes = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
@@ -541,49 +521,31 @@ def read_folder(folder):
         raise ValueError(f"{folder}: id2label of config.json or mean, std of preprocessor_config.json lack {e}") from e
     kinds = {"multi_label_classification": "multi-label", "single_label_classification": "single-label"}
     task = kinds.get(config.get("problem_type"), "multi-label" if len(classes) == 527 else "single-label")
-    meta = {"classes": classes, "task": task, "mean": mean, "std": std, "n_frames": config.get("max_length", 1024)}
-    meta |= {"sample_rate": dataset.SAMPLE_RATE, "data": None, "epoch": None}
-    return config, meta | {"args": {"fold": config.get("fold"), "seed": None, "pretrained": str(folder)}}
-
-
-def load_folder(folder, n_frames=None):
-    """load_checkpoint of an AST as Hugging Face holds it; the weights may also be the original AST release's .pth."""
-    folder = pathlib.Path(folder)
-    config, meta = read_folder(folder)
-    state, classes = read_weights(folder), meta["classes"]
+    state, n_frames = read_weights(folder), config.get("max_length", 1024)
     check_finite(state, folder)
     pos = state.get("v.pos_embed", state.get("audio_spectrogram_transformer.embeddings.position_embeddings"))
     name = None if pos is None else {192: "ast-tiny", 384: "ast-small", 768: "ast-base"}.get(pos.shape[-1])
-    rows, columns = dataset.patch_grid(meta["n_frames"])
-    if name is None or pos.shape[1] != 2 + rows * columns:
-        raise ValueError(f"{folder} holds no AST of width 192, 384 or 768 for max_length {meta['n_frames']}")
-    meta["model"] = {"name": name, "n_classes": len(classes), "n_frames": meta["n_frames"], "kd_head": False}
-    model = build_model(**meta["model"] | ({"n_frames": n_frames} if n_frames else {}))
-    try:
-        model.load_state_dict(to_ast(model, state, folder)[0])
-    except RuntimeError as e:
-        raise ValueError(f"{folder}: its weights are not those of an {name} of {len(classes)} classes") from e
-    for m in model.modules():
-        if isinstance(m, nn.LayerNorm):
-            m.eps = config.get("layer_norm_eps", m.eps)
-    return model.eval(), meta
+    if name is None or pos.shape[1] != 2 + math.prod(dataset.patch_grid(n_frames)):
+        raise ValueError(f"{folder} holds no AST of width 192, 384 or 768 for max_length {n_frames}")
+    meta = {"model": {"name": name, "n_classes": len(classes), "n_frames": n_frames, "kd_head": False}, "state": state}
+    meta |= {"eps": config.get("layer_norm_eps"), "classes": classes, "task": task, "mean": mean, "std": std}
+    meta |= {"n_frames": n_frames, "sample_rate": dataset.SAMPLE_RATE, "data": None, "epoch": None}
+    return meta | {"args": {"fold": config.get("fold"), "seed": None, "pretrained": str(folder)}}
 
 
 def load_checkpoint(path, n_frames=None):
     """-> (model in eval mode on the CPU, meta). With `n_frames`, for clips of that many: an AST's positions are resampled.
     A folder is an AST as Hugging Face holds it. Errors as read_checkpoint, and ValueError where the weights do not fit."""
-    if os.path.isdir(path):
-        return load_folder(path, n_frames)
-    meta = read_checkpoint(path)
-    spec, state = meta["model"] | ({"n_frames": n_frames} if n_frames else {}), meta.pop("state")
-    model = build_model(**spec)
+    meta = read_folder(pathlib.Path(path)) if os.path.isdir(path) else read_checkpoint(path)
+    spec, state, eps = meta["model"], meta.pop("state"), meta.pop("eps", None)
+    model = build_model(**spec | ({"n_frames": n_frames} if n_frames else {}))
     try:
-        if isinstance(model, AST) and spec["n_frames"] != meta["model"]["n_frames"]:
-            old = dataset.patch_grid(meta["model"]["n_frames"])
-            state["v.pos_embed"] = resize_positions(state["v.pos_embed"], old, model.grid)
-        model.load_state_dict(state)
+        model.load_state_dict(to_ast(model, state, path)[0] if isinstance(model, AST) else state)
     except RuntimeError as e:
-        raise ValueError(f"{path}: its weights do not fit its own model '{meta['model']['name']}'") from e
+        raise ValueError(f"{path}: its weights are not those of {spec['name']}, {spec['n_classes']} classes") from e
+    for m in model.modules():
+        if eps and isinstance(m, nn.LayerNorm):
+            m.eps = eps
     return model.eval(), meta
 
 
@@ -597,9 +559,9 @@ def setup(device=None, precision=None):
     use_cuda = device != "cpu" and torch.cuda.is_available()
     local, n_local = (int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
     if n_local > 1:  # torchrun sets OMP_NUM_THREADS to 1, whatever the machine has
-        torch.set_num_threads(max(1, dataset.cores() // n_local))
+        torch.set_num_threads(max(1, joblib.cpu_count() // n_local))
     elif "OMP_NUM_THREADS" not in os.environ:  # torch does not see a container's quota
-        torch.set_num_threads(min(dataset.cores(), torch.get_num_threads()))
+        torch.set_num_threads(min(joblib.cpu_count(), torch.get_num_threads()))
     # plain attention: PyTorch's fused one takes 1.1 to 1.4 times as long a step in bfloat16 on a CPU
     set_fused_attn(use_cuda or precision != "bfloat16")
     if use_cuda:
@@ -660,9 +622,8 @@ def wrap(model, args, device, trains=True):
 
 def progress(total, label, initial=0, unit="clip"):
     """A progress bar on rank 0: live on a terminal, a line every half minute in a log."""
-    interval = 0.5 if sys.stderr.isatty() else 30
-    quiet = {"disable": rank() > 0, "leave": False}
-    return tqdm(total=total, unit=unit, desc=label, initial=initial, mininterval=interval, **quiet)
+    every = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(desc=label, total=total, initial=initial, unit=unit, mininterval=every, disable=rank() > 0, leave=False)
 
 
 def terminated(*_):

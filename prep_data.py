@@ -33,6 +33,7 @@ import time
 import urllib.error
 import urllib.request
 
+import joblib  # comes with scikit-learn
 import numpy as np
 import soundfile
 import stream_unzip
@@ -631,7 +632,7 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
     The list of clips fixes every clip's row, so the bytes depend neither on the workers nor on an interruption. ValueError
     if `out` holds other clips or is in use, or if more than 5 % of the clips could not be read (the same command retries).
     """
-    out, n_frames, workers = pathlib.Path(out), round(seconds * 100), workers or dataset.cores()
+    out, n_frames, workers = pathlib.Path(out), round(seconds * 100), workers or joblib.cpu_count()
     missing, clips = [c for c in clips if c.path is None], [c for c in clips if c.path is not None]
     facts = {"version": VERSION, "source": source, "task": check_clips(source, clips, task)}
     facts |= {"sample_rate": SAMPLE_RATE, "n_mels": N_MELS, "n_frames": n_frames, "shard": SHARD}

@@ -69,27 +69,19 @@ python_n() { # on several GPUs through torchrun; exec, in the shell that a stage
 run_of() { echo "$EXP/${1//:/-}${2:+-from-${2//:/-}}$tail"; } # MODEL [TEACHERS joined by +]
 
 train() { # MODEL [TEACHER...]: train a model, average its epochs, score it
-  local model=$1 out teachers=() kind=CNN flags=()
+  local model=$1 out kind=CNN script=train_teacher flags=()
   shift
   out=$(run_of "$model" "$(IFS=+; echo "$*")")
   case $model in ast-*) kind=AST ;; esac
-  for t in "$@"; do teachers+=("$(run_of "$t")/best.pt"); done
-  add() { local v=${2:-}; [ -z "$v" ] || flags+=("$1" "$v"); }
   local pretrained=PRETRAINED_$kind lr=LR_$kind batch=BATCH_$kind
-  add --pretrained "${!pretrained:-}"
-  add --lr "${!lr:-}"
-  add --batch-size "${!batch:-}"
-  add --epochs "${EPOCHS:-}"
-  add --recipe "${RECIPE:-}"
-  add --precision "${PRECISION:-}"
+  [ $# -eq 0 ] || script=distill flags=(--teacher)
+  for t in "$@"; do flags+=("$(run_of "$t")/best.pt"); done
+  flags+=(${!pretrained:+--pretrained "${!pretrained}"} ${!lr:+--lr "${!lr}"} ${!batch:+--batch-size "${!batch}"})
+  flags+=(${EPOCHS:+--epochs "$EPOCHS"} ${RECIPE:+--recipe "$RECIPE"} ${PRECISION:+--precision "$PRECISION"})
   [ $kind = CNN ] || [ -z "${PATCHOUT:-}" ] || flags+=(--patchout $PATCHOUT)
-  [ "$fold" = none ] || add --fold "$fold"
+  [ "$fold" = none ] || flags+=(--fold "$fold")
   [ "${KEEP_EPOCHS:-0}" = 0 ] || flags+=(--keep-epochs)
-  if [ $# -eq 0 ]; then
-    stage "train $out" python_n "$HERE/train_teacher.py" --data "$DATA" --model "$model" --seed "$seed" --out "$out" "${flags[@]}"
-  else
-    stage "distill $out" python_n "$HERE/distill.py" --data "$DATA" --model "$model" --seed "$seed" --out "$out" --teacher "${teachers[@]}" "${flags[@]}"
-  fi
+  stage "${script%_teacher} $out" python_n "$HERE/$script.py" --data "$DATA" --model "$model" --seed "$seed" --out "$out" "${flags[@]}"
   if compgen -G "$out/ep-*.pt" >/dev/null && [ ! "$out/wa.pt" -nt "$out/last.pt" ]; then
     stage "average $out" python_n "$HERE/evaluate.py" --average "$out"
   fi

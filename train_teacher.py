@@ -92,19 +92,16 @@ def parse(p):
 def resolve(args, data):
     """Fill in what the command line left open, in place, from RECIPES; check ranges; ValueError names the flag."""
     kind = "ast" if models.family(args.model) == "ast" else "cnn"
-    name = {"esc10": "esc50"}.get(data.source, data.source)
-    if f"{name} {kind}" not in RECIPES:
-        name = {"multi-label": "fsd50k", "single-label": "esc50"}[data.task]
-    args.recipe = args.recipe or name
+    like = {"multi-label": "fsd50k", "single-label": "esc50"}[data.task]  # of data that has no row
+    args.recipe = args.recipe or (data.source if f"{data.source} {kind}" in RECIPES else like)
     row = dict(zip(COLUMNS, RECIPES[f"{args.recipe} {kind}"]))
     if args.pretrained is None:
         args.pretrained = "no" if args.recipe == "demo" else "imagenet"
     if args.recipe == "esc50" and kind == "ast" and args.pretrained not in ("no", "imagenet"):
         image = pathlib.Path(args.pretrained).exists() and "cls_token" in models.read_weights(args.pretrained)
         row["lr"] = row["lr"] if image else 1e-5  # only timm's ViTs have that name at the top
-    args.decay, args.average = row.pop("decay"), row.pop("average")
     for key, value in row.items():
-        if getattr(args, key) is None:
+        if getattr(args, key, None) is None:  # decay and average have no flag
             setattr(args, key, value)
     if args.time_mask is None:
         args.time_mask = round(TIME_MASK * data.n_frames)
@@ -139,14 +136,10 @@ def check_ranges(args, data, kind):
 def differs(old, key, value, given):
     """Whether a setting gives other weights than args.json's: paths are compared resolved, and one that the file does not know
     (a flag that is younger than the run) only if the command line gave it."""
-
-    def plain(v):
-        if isinstance(v, list):
-            return [plain(e) for e in v]
-        named = key in ("data", "teacher") or (key == "pretrained" and v not in ("no", "imagenet"))
-        return os.path.realpath(v) if named else v
-
-    return plain(old[key]) != plain(value) if key in old else key in given
+    if key not in old:
+        return key in given
+    plain = lambda v: [os.path.realpath(p) for p in ([v] if isinstance(v, str) else v)]
+    return plain(old[key]) != plain(value) if key in ("data", "teacher", "pretrained") else old[key] != value
 
 
 def claim(args, data, suffix=""):
@@ -279,20 +272,17 @@ def means(run, log):
     return dict(zip(run.names, log.mean(0).tolist()))
 
 
-def save_last(run, log=None):
+def save_last(run, log):
     """Write last.pt, from which the same command resumes, with the log of an unfinished epoch; the end of the process if
     SIGTERM asked for it."""
     if dataset.rank():
         return
-    if log is not None:
-        means(run, log)  # raises before weights that are not finite are saved
-    log = torch.zeros(0, COLUMNS_OF_LOG) if log is None else log.cpu()
+    means(run, log)  # raises before weights that are not finite are saved
     state = {"optimizer": run.optimizer.state_dict(), "history": run.history, "epoch": len(run.history)}
-    models.save_checkpoint(run.args.out / "last.pt", run.model, **run.meta, **state, log=log, names=run.names)
+    models.save_checkpoint(run.args.out / "last.pt", run.model, **run.meta, **state, log=log.cpu(), names=run.names)
     run.saved = time.monotonic()
     if run.stop.is_set():
-        last = run.args.out / "last.pt"
-        print(f"stopped by SIGTERM; the same command resumes from {last}", file=sys.stderr, flush=True)
+        print(f"stopped by SIGTERM; the same command resumes from {run.args.out}/last.pt", file=sys.stderr, flush=True)
         os._exit(143)  # other processes may be waiting for this one: torchrun ends them
 
 
@@ -317,7 +307,7 @@ def finish_epoch(run, log, seconds, clips):
         best = not run.history or entry["val_score"] > max(e["val_score"] for e in run.history)
         val = f"  val {evaluate.MAIN_SCORE[run.val.task]} {100 * entry['val_score']:.2f}{' *' if best else ''}"
     run.history.append(entry)
-    run.log = run.log[:0]
+    run.log = torch.zeros(0, COLUMNS_OF_LOG)
     if dataset.rank() == 0:
         meta = run.meta | {"epoch": entry["epoch"], "val_score": entry.get("val_score")}
         models.save_checkpoint(out / f"ep-{entry['epoch']:02d}.pt", run.model, **meta)
@@ -325,7 +315,7 @@ def finish_epoch(run, log, seconds, clips):
             models.save_checkpoint(out / "best.pt", run.model, **meta)
         lines = "".join(json.dumps(e) + "\n" for e in run.history)
         dataset.atomic_write(out / "log.jsonl", lambda p: p.write_text(lines))
-    save_last(run)  # last of all: until it is there, the epoch is done again
+    save_last(run, run.log)  # last of all: until it is there, the epoch is done again
     speed = f"{seconds:.0f} s, {entry['clips_per_second']:.0f} clips/s, peak {entry['peak_gib']:.1f} GiB"
     done = f"epoch {entry['epoch']:2d}/{args.epochs}  loss {entry['loss']:.4f}{val}  lr {entry['lr']:.2e}"
     print(f"{done}  {speed}", flush=True)
@@ -350,8 +340,7 @@ def main():
     for epoch in range(len(run.history) + 1, args.epochs + 1):
         net.train()
         began, first, decay = time.monotonic(), len(run.log), decay_factor(args, epoch, run.history)
-        log = torch.zeros(n_steps, COLUMNS_OF_LOG, device=device)  # a row a step; stays on the device
-        log[:first] = run.log  # of an interrupted epoch
+        log = F.pad(run.log, (0, 0, 0, n_steps - first)).to(device)  # a row a step, first those before an interruption
         with models.progress(n_steps * args.batch_size, f"epoch {epoch}", first * args.batch_size) as bar:
             for step, (x, y, _, keep) in enumerate(dataset.batches(data, args, epoch, device, first), first):
                 for group in run.optimizer.param_groups:  # linear warmup times the epoch's decay

@@ -186,7 +186,7 @@ def test_folders_that_cannot_be_used(foreign, tmp_path):
     for file, changes, message in (
         ("config.json", {"time_stride": 16}, "time_stride 16, and ours has 10"),
         ("config.json", {"max_length": 1024}, "for max_length 1024"),
-        ("config.json", {"id2label": {"0": "a", "1": "b"}}, "not those of an ast-tiny of 2 classes"),
+        ("config.json", {"id2label": {"0": "a", "1": "b"}}, "not those of ast-tiny, 2 classes"),
         ("config.json", {"id2label": {"1": "a"}}, "id2label of config.json"),
         ("preprocessor_config.json", {"mean": None}, "mean, std of preprocessor_config.json"),
         ("preprocessor_config.json", {"sampling_rate": 8000}, "sampling_rate 8000, and ours has 16000"),
