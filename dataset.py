@@ -164,11 +164,8 @@ class FbankDataset(torch.utils.data.Dataset):
                 for r in lines:
                     folds.add(r[fold_])
                     splits.add(r[split_])
-                    if fold is None:  # 'train' is also train-balanced and train-unbalanced
-                        chosen = r[split_] == split or r[split_].startswith(f"{split}-")
-                    else:
-                        chosen = (r[fold_] == str(fold)) == (split == "eval")
-                    if chosen:
+                    in_split = f"{r[split_]}-".startswith(f"{split}-")  # 'train' is also train-balanced, -unbalanced
+                    if in_split if fold is None else (r[fold_] == str(fold)) == (split == "eval"):
                         own = [int(k) for k in r[labels].split(";")] if r[labels] else []
                         values = (int(r[row]), r[id_], own, int(r[n_frames]), float(r[mean]), float(r[var]))
                         for column, value in zip(columns, values):

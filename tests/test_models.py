@@ -179,7 +179,9 @@ def test_original_release_with_other_classes_and_length(ast, tmp_path, capsys):
     fresh = models.build_model(AST, 9, n_frames=160)
     torch.manual_seed(1)
     ours = models.build_model(AST, 9, n_frames=160, pretrained=tmp_path / "ast.pth")
-    assert "mlp_head is for other classes or of another kind: ours starts at its initialisation" in capsys.readouterr().out
+    assert (
+        "mlp_head is for other classes or of another kind: ours starts at its initialisation" in capsys.readouterr().out
+    )
     assert all(torch.equal(ours.mlp_head.state_dict()[k], v) for k, v in fresh.mlp_head.state_dict().items())
     assert torch.equal(ours.v.pos_embed, models.resize_positions(ast.v.pos_embed, (12, 9), (12, 15)))
     blocks = ast.v.blocks.state_dict()
