@@ -31,7 +31,7 @@ import safetensors.torch  # comes with timm
 import timm
 import torch
 import torch.distributed as dist
-from timm.layers import convert_sync_batchnorm, resample_abs_pos_embed, resample_patch_embed, set_fused_attn
+from timm.layers import convert_sync_batchnorm, resample_abs_pos_embed, resample_patch_embed
 from timm.models import DenseNet, EfficientNet
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -562,8 +562,6 @@ def setup(device=None, precision=None):
         torch.set_num_threads(max(1, joblib.cpu_count() // n_local))
     elif "OMP_NUM_THREADS" not in os.environ:  # torch does not see a container's quota
         torch.set_num_threads(min(joblib.cpu_count(), torch.get_num_threads()))
-    # plain attention: PyTorch's fused one takes 1.1 to 1.4 times as long a step in bfloat16 on a CPU
-    set_fused_attn(use_cuda or precision != "bfloat16")
     if use_cuda:
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 remains

@@ -277,17 +277,10 @@ def bench_patchout(row, quick, device, folder):
 
 
 def bench_precision(row, quick, device, folder):
-    """A training step in bfloat16 beside float32 (on a GPU: TF32), and beside PyTorch's fused attention, which setup switches off
-    for bfloat16 on a CPU."""
+    """A training step in bfloat16 beside float32 (on a GPU: TF32)."""
     for name in SMALLEST if quick else (*SMALLEST, "ast-base"):
-        steps = {}
-        for what in ("bfloat16", "float32", "bfloat16, fused")[: 3 if name.startswith("ast") else 2]:
-            models.setup(device.type, what.split(",")[0])
-            if "fused" in what:
-                timm.layers.set_fused_attn(True)
-            model = ours(name, device)
-            steps[what] = training_step(model, model, precision=what.split(",")[0])
-        models.setup(device.type)
+        model = ours(name, device)
+        steps = {p: training_step(model, model, precision=p) for p in ("bfloat16", "float32")}
         steps_in_turn(f"{name}, bfloat16", steps, *sizes(name, quick, device), row, device)
 
 
