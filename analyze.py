@@ -415,7 +415,7 @@ def curves(args, device):
         entry = content[str(run)] = read_run(run, label)
         entry["data"] = args.data and str(args.data.resolve())
         before = old.get(str(run), {})
-        scores = before["scores"] if before.get("data") == entry["data"] and "scores" in before else {}
+        scores = before.get("scores", {}) if before.get("data") == entry["data"] else {}
         entry["scores"] = {str(e): scores.get(str(e), {}) for e in range(1, len(entry["loss"]) + 1)}
         for epoch, known in entry["scores"].items():
             if not (run / f"ep-{epoch:>02}.pt").exists() and not {"train", args.split} <= known.keys():
@@ -462,11 +462,11 @@ def draw_curves(content, panels, out):
 
 
 def metrics_of(path, args, device):
-    """metrics-<checkpoint>-<split>.json beside a checkpoint; scored first where it is missing or older"""
+    """metrics-<checkpoint>-<split>.json beside a checkpoint; scored first where it is missing, older, or another folder's"""
     metrics = path.with_name(f"metrics-{path.stem}-{args.split}.json")
     data = args.data or dataset.read_json(path.parent / "args.json")["data"]
-    is_new = metrics.exists() and metrics.stat().st_mtime >= path.stat().st_mtime
-    if not is_new or os.path.realpath(dataset.read_json(metrics)["data"]) != os.path.realpath(data):
+    current = metrics.exists() and metrics.stat().st_mtime >= path.stat().st_mtime
+    if not current or os.path.realpath(dataset.read_json(metrics)["data"]) != os.path.realpath(data):
         evaluate.score_checkpoints([path], args.split, args.data, device)
     found = dataset.read_json(metrics)
     return found | {"score": found[evaluate.MAIN_SCORE[found["task"]]]}

@@ -5,7 +5,7 @@
     python tests/real_audio.py table
 
 All of ESC-50, but only the first second of each clip: harder and cheaper. Five folds, one seed; the last epoch
-counts, nothing is chosen on a test fold, and the two settings of a comparison have the same recipe. A run took 2 to 30
+counts, nothing is chosen on a test fold, and the two settings of a comparison have the same recipe. A run took 2 to 37
 minutes, two at a time on two cores; what is done is skipped, and processes with different --folds may share the work. `collect` copies
 settings, logs and scores to tests/results/, `table` reads them there. Those were trained by the scripts of commit 7f1d974; the
 ASTs of 15 epochs resumed those of 5, whose epochs have the same learning rates.
@@ -51,8 +51,7 @@ RUNS = {  # setting: (its flags, its teacher)
 }
 LINEAR = "return torch.lerp(b, a, lam).masked_fill(t >= n_a, 0.0)"
 FOUR = ["cnn", "cnn-from-ast15", "ast15", "ast15-from-cnn"]  # averaged, in ensembles, and analysed by analyze.py
-# levels of analyze.LEVELS
-DISTURBED = {"frequency mask": 32, "time mask": 30, "time shift": 50, "noise": 0.2}
+DISTURBED = {"frequency mask": 32, "time mask": 30, "time shift": 50, "noise": 0.2}  # one level of each, one seed
 COMPARED = [  # what, the paper's mAP on FSD50K (Tables 3, 5, 9), the settings before and after: 'run [run of an ensemble], checkpoint'
     ("CNN, no teacher → taught by the AST of 15 epochs", "56.2 → 58.2", "cnn, last", "cnn-from-ast15, last"),
     ("CNN, no teacher → taught by the AST of 5 epochs", "", "cnn, last", "cnn-from-ast, last"),

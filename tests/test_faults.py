@@ -148,9 +148,9 @@ def test_flipped_bits_are_harmless_or_named(undisturbed, name, flips, tmp_path):
             assert len(errors) == 1 and len(errors[0]) > 20, output
         elif name in ("prepared/clips.csv", "prepared/classes.csv"):
             assert f"{name} was edited after its preparation" in output, output
-        elif name != "student/metrics-wa-eval.json" and (
-            "--ckpt" in local or "--summary" in local
-        ):  # nothing guards a score
+        elif name == "student/metrics-wa-eval.json":
+            continue  # nothing guards the digits of a score
+        elif "--ckpt" in local or "--summary" in local:
             assert {k: dataset.read_json(scores)[k] for k in want} == want, f"a silent wrong score: {output}"
         elif name.endswith("last.pt"):
             assert "trained already" in output
