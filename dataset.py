@@ -6,15 +6,20 @@ From a row on disk to the tensor that a model sees, everything is in this file. 
 (masks, noise, shift), `mix` (mixup) or `draw` (how much of each). prep_data.py writes what this file reads.
 """
 
+import atexit
 import collections
 import concurrent.futures
 import csv
 import fcntl
 import functools
+import gc
 import json
 import math
 import os
 import pathlib
+import signal
+import sys
+import traceback
 import zlib
 
 import numpy as np
@@ -110,6 +115,41 @@ def unlock(folder):
     os.close(LOCKS.pop(os.path.realpath(folder)))
 
 
+def terminated(*_):
+    os.write(2, b"stopped by SIGTERM; the same command resumes from the last save\n")
+    os._exit(143)  # a file is whole or absent at any moment
+
+
+def command_line(main):
+    """Run a script's main(): an error that a user can fix is one sentence on stderr and exit code 1."""
+    signal.signal(signal.SIGTERM, terminated)
+    atexit.register(gc.freeze)  # or the interpreter spends a second or two on collecting all of torch as it ends
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a class name may have letters that a locale cannot print
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except KeyboardInterrupt:
+        stop("stopped by Ctrl-C; the same command resumes from the last save")
+    except torch.OutOfMemoryError:
+        stop("error: the GPU's memory is full: use a smaller --batch-size, or --cache disk where the clips took it")
+    except (ValueError, OSError) as e:  # TRACEBACK=1 python ... shows where it came from
+        stop(traceback.format_exc() if os.environ.get("TRACEBACK") else f"error: {e}")
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        stop(traceback.format_exc())
+
+
+def stop(message):
+    """End the process with this message and exit code 1; under torchrun at once, or it might wait for the others."""
+    if not dist.is_initialized():
+        sys.exit(message)
+    sys.stdout.flush()
+    print(message, file=sys.stderr, flush=True)
+    os._exit(1)
+
+
 # ------------------------------------------------------------------------------------------------------ the reader
 
 CLIP_COLUMNS = ["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"]  # of clips.csv
@@ -176,7 +216,7 @@ class FbankDataset(torch.utils.data.Dataset):
         rows, ids, labels, frames, mean, var = columns
         folds, splits = sorted(folds - {""}, key=lambda k: (len(k), k)), sorted(splits - {""})
         if fold is None and not splits:
-            raise ValueError(f"{self.root} has folds, not splits: give --fold, one of {', '.join(folds)}")
+            raise ValueError(f"{self.root} has folds, not splits: give --fold (run_all.sh: FOLDS='{' '.join(folds)}')")
         if fold is not None and str(fold) not in folds:
             has = f"folds {', '.join(folds)}" if folds else "splits, not folds"
             raise ValueError(f"{self.root} has no fold {fold}: it has {has}")
@@ -193,6 +233,8 @@ class FbankDataset(torch.utils.data.Dataset):
             self.labels[i, : len(own)] = own
         if self.labels.max() >= len(self.classes) or self.frames.min() < 1 or self.frames.max() > self.n_frames:
             raise ValueError(f"{path} names a class that classes.csv does not have, or frames that no clip has")
+        if any(k < 0 for own in labels for k in own) or self.task == "single-label" and {*map(len, labels)} != {1}:
+            raise ValueError(f"{path} has a negative label, or, though it is single-label, not one label a clip")
 
     def _check_shards(self):
         """Every file is there and as long as it should be; the place of its first row."""
@@ -212,6 +254,10 @@ class FbankDataset(torch.utils.data.Dataset):
     def __len__(self):
         return len(self.rows)
 
+    def count(self):
+        """'1,234', or '1,234 of 2,000 listed' where the source lists more than could be had"""
+        return f"{len(self):,}" + (f" of {self.listed:,} listed" if self.listed not in (None, len(self)) else "")
+
     def __getitem__(self, i):
         x, _, y = self.batch([i])
         return x[0].float(), targets(y, len(self.classes), self.task)[0]
@@ -226,16 +272,11 @@ class FbankDataset(torch.utils.data.Dataset):
                 where = where.pin_memory().to(self.cache.device, non_blocking=True)
             return self.cache[where], n, labels
         x = torch.empty(len(indices), self.n_frames, N_MELS, dtype=torch.float16)
-        shards, places = np.divmod(self.rows[indices], SHARD)
-        for s in np.unique(shards):
-            file = os.open(self.root / f"fbank-{s:05d}.npy", os.O_RDONLY)
-            try:
-                for i in np.flatnonzero(shards == s):  # straight into the batch: no copy, and no GIL held meanwhile
-                    row = x[i].numpy()
-                    if os.preadv(file, [row], self.starts[s] + int(places[i]) * row.nbytes) != row.nbytes:
-                        raise ValueError(f"{self.root}/fbank-{s:05d}.npy was cut short: prepare {self.root} again")
-            finally:
-                os.close(file)
+        for row, s, place in zip(x.numpy(), *np.divmod(self.rows[indices], SHARD)):
+            with open(self.root / f"fbank-{s:05d}.npy", "rb", buffering=0) as f:
+                f.seek(self.starts[s] + int(place) * row.nbytes)
+                if f.readinto(row) != row.nbytes:  # straight into the batch: no copy, and no GIL held meanwhile
+                    raise ValueError(f"{f.name} was cut short: prepare {self.root} again")
         return x, n, labels
 
     def keep_on(self, device):
@@ -377,22 +418,24 @@ def batches(data, args, epoch, device, first=0):
         clips = order[step * args.batch_size : (step + 1) * args.batch_size]
         rng = np.random.default_rng([args.seed, epoch, step + 1])  # NumPy pads with zeros: 0 is epoch_order's stream
         d = draw(rng, len(clips), len(data), args.mixup, args.freq_mask, args.time_mask, data.n_frames)
-        step_seed = int(rng.integers(2**62))
-        keep = draw_patches(rng, data.n_frames, *args.patchout)
-        clips, partners, mixed = clips[mine], d.pop("partner")[mine], d["lam"][mine] < 1
-        place = np.where(mixed, len(clips) + np.cumsum(mixed) - 1, np.arange(len(clips)))  # of the partner; or itself
-        tensors = [*data.batch(np.concatenate([clips, partners[mixed]]))]
-        tensors += [torch.from_numpy(v) for v in (place, keep, *(v[mine] for v in d.values()))]
+        step_seed, d = int(rng.integers(2**62)), {k: v[mine] for k, v in d.items()}
+        clips, partners, mixed = clips[mine], d.pop("partner"), d["lam"] < 1  # only partners that are mixed in are read
+        d["place"] = np.where(mixed, len(clips) + np.cumsum(mixed) - 1, np.arange(len(clips)))  # of it; else one's own
+        if any(args.patchout):
+            d["keep"] = draw_patches(rng, data.n_frames, *args.patchout)
+        d = {k: torch.from_numpy(v) for k, v in d.items()}
+        d["x"], d["n"], d["labels"] = data.batch(np.concatenate([clips, partners[mixed]]))
         if device.type == "cuda":
-            tensors = [t if t.is_cuda else t.pin_memory() for t in tensors]
-        return tensors, list(d), step_seed
+            d = {k: t if t.is_cuda else t.pin_memory() for k, t in d.items()}
+        return d, step_seed
 
-    for tensors, names, step_seed in prefetch(host, range(first, steps_in_epoch(data, args)), device):
-        x, n, labels, place, keep, *rest = (t.to(device, non_blocking=True) for t in tensors)
-        d, b, y = dict(zip(names, rest)), len(place), targets(labels, C, data.task, args.label_smoothing)
+    for d, step_seed in prefetch(host, range(first, steps_in_epoch(data, args)), device):
+        d = {k: t.to(device, non_blocking=True) for k, t in d.items()}
+        x, n, labels, place = (d.pop(k) for k in ("x", "n", "labels", "place"))
+        b, y, keep = len(place), targets(labels, C, data.task, args.label_smoothing), d.pop("keep", None)
         mixed = mix(x[:b].float(), x[place].float(), d["lam"], n[:b], n[place])
         noise_source = torch.Generator(device).manual_seed(step_seed)
         noise = torch.rand((args.batch_size, *mixed.shape[1:]), device=device, generator=noise_source)[mine]
         x, lam = augment(mixed, d, noise, data.mean, data.std), d["lam"].unsqueeze(1)
         torch.manual_seed(step_seed + rank())
-        yield x, lam * y[:b] + (1 - lam) * y[place], mixed, keep if any(args.patchout) else None
+        yield x, lam * y[:b] + (1 - lam) * y[place], mixed, keep

@@ -78,15 +78,18 @@ def load_teachers(args, data, device):
     return teachers, metas
 
 
+def default_tau(args, meta, data):
+    """TAU of one teacher: by direction, and ESC-50's only between pretrained models."""
+    teacher, student = models.family(meta["model"]["name"]), models.family(args.model)
+    if data.source in ("esc10", "esc50"):
+        random = "no" in (args.pretrained, meta["args"].get("pretrained"))  # at 5 their targets are nearly flat
+        return TAU["else" if random else "ESC-50"]
+    return TAU["AST to CNN or hybrid" if teacher == "ast" and student != "ast" else "else"]
+
+
 def resolve_tau(args, metas, data):
     """--tau: one value, or one for each teacher; the default is by each teacher's own direction."""
-    to_cnn = models.family(args.model) != "ast"
-    for meta in metas if args.tau is None else []:
-        kind = "AST to CNN or hybrid" if to_cnn and models.family(meta["model"]["name"]) == "ast" else "else"
-        random = "no" in (args.pretrained, meta["args"].get("pretrained"))  # at 5 their targets are nearly flat
-        if data.source in ("esc10", "esc50"):
-            kind = "else" if random else "ESC-50"
-        args.tau = [*(args.tau or []), TAU[kind]]
+    args.tau = args.tau or [default_tau(args, meta, data) for meta in metas]
     if len(args.tau) not in (1, len(metas)):
         raise ValueError(f"--tau has {len(args.tau)} values for {len(metas)} teachers: give one, or one for each")
     if not all(0 < tau < math.inf for tau in args.tau):
@@ -140,7 +143,7 @@ def main():
                     bar.set_postfix(train_teacher.means(run, log[: step + 1]), refresh=False)
                 if run.stop.is_set() or time.monotonic() - run.saved > train_teacher.RESUME_SECONDS:
                     train_teacher.save_last(run, log[: step + 1])
-        train_teacher.finish_epoch(run, log, time.monotonic() - began, (n_steps - first) * args.batch_size)
+        train_teacher.finish_epoch(run, log, began, (n_steps - first) * args.batch_size)
 
 
 if __name__ == "__main__":

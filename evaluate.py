@@ -204,8 +204,7 @@ def score_checkpoints(paths, split, root, device):
     dataset.write_json(metrics, finite | facts)  # last: a stage whose metrics are there is complete
     report_absent(positives, data)
     print_scores(found, data.classes, ap, positives)
-    listed = "" if data.listed in (None, len(data)) else f" of {data.listed:,} listed"
-    print(f"{len(data):,}{listed} clips of {data.root} ({split}) -> {metrics}, {per_class.name}")
+    print(f"{data.count()} clips of {data.root} ({split}) -> {metrics}, {per_class.name}")
 
 
 def short(name, length=40):
@@ -491,7 +490,7 @@ def open_taggers(a, device):
     if lengths and window > min(lengths):
         raise ValueError(f"--window {window:g} is longer than the {min(lengths):g} s that this AST takes")
     if a.frames and (len(loaded) > 1 or models.family(first["model"]["name"]) != "cnn"):
-        raise ValueError("--frames needs one mean-pool CNN, whose head is linear in frames: use --json, tags by window")
+        raise ValueError("--frames works with one CNN, no AST, hybrid or ensemble: use --json, tags by window")
     if a.embed and len(loaded) > 1:
         raise ValueError("--embed writes the features of one checkpoint: give one --ckpt")
     for flag, endings in (("plot", (".png", ".pdf", ".svg")), ("embed", (".npy",))):
@@ -656,8 +655,8 @@ def export_hugging_face(folder, model, meta):
     """Write an AST as transformers.ASTForAudioClassification and its ASTFeatureExtractor read it: 0.0 log-mel after the end of a
     clip, (x - mean) / (2 std). ValueError for what Hugging Face's AST does not have."""
     if not isinstance(model, models.AST) or model.kd_head is not None:
-        what = "with a distillation head" if isinstance(model, models.AST) else f"but '{meta['model']['name']}'"
-        raise ValueError(f"--export {folder}: Hugging Face has AST, not one {what}: use --export model.onnx")
+        what = "an AST with a distillation head" if isinstance(model, models.AST) else meta["model"]["name"]
+        raise ValueError(f"--export {folder}: Hugging Face's format has no place for {what}: use --export model.onnx")
     d, blocks, classes = model.v.embed_dim, model.v.blocks, meta["classes"]
     shape = {"num_mel_bins": dataset.N_MELS, "max_length": model.n_frames}
     config = models.AST_CONFIG | shape | {
@@ -715,6 +714,7 @@ def main():
         raise ValueError(f"{what}: give --ckpt{' and --audio' * bool(outputs)} too")
     if a.summary:
         return summary(a.summary)
+    a.ckpt = [p / "best.pt" if (p / "best.pt").is_file() else p for p in a.ckpt or []]  # a run's folder
     device = models.setup(a.device)
     if a.audio or a.export:
         if rank() == 0:

@@ -12,16 +12,13 @@ one, `model(x)` is the mean of the two. `model.features(x)` gives the representa
 """
 
 import atexit
-import gc
 import itertools
 import math
 import os
 import pathlib
 import re
-import signal
 import socket
 import sys
-import traceback
 import urllib.parse
 import urllib.request
 import zipfile
@@ -39,7 +36,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from tqdm import tqdm
 
 import dataset
-from dataset import N_MELS, PATCH, STRIDE, rank, world
+from dataset import N_MELS, PATCH, STRIDE, command_line, rank, world  # noqa: F401 (the scripts: models.command_line)
 
 # name: (family, timm tag of the ImageNet backbone). The tags are fixed: timm's default for b6 was trained on JFT.
 MODELS = {
@@ -265,32 +262,26 @@ def read_weights(path):
     return {re.sub(WRAPPER, "", k): v for k, v in state.items()}
 
 
-# Hugging Face ASTForAudioClassification, as saved and (after |) as transformers 5 holds it -> AST release
-HF_NAMES = [
-    (r"^audio_spectrogram_transformer\.", "v."),
-    (r"^v\.embeddings\.distillation_token$", "v.dist_token"),
-    (r"^v\.embeddings\.cls_token$", "v.cls_token"),
-    (r"^v\.embeddings\.position_embeddings$", "v.pos_embed"),
-    (r"^v\.embeddings\.patch_embeddings\.projection\.", "v.patch_embed.proj."),
-    (r"^v\.(encoder\.layer|layers)\.", "v.blocks."),
-    (r"\.attention\.attention\.(query|key|value)\.|\.attention\.([qkv])_proj\.", lambda m: f".attn.{(m[1] or m[2])[0]}."),
-    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"(?<!attention)\.output\.dense\.", ".mlp.fc2."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"^v\.layernorm\.", "v.norm."),
-    (r"^classifier\.layernorm\.", "mlp_head.0."),
-    (r"^classifier\.dense\.", "mlp_head.1."),
-]  # fmt: skip
+BODY = "audio_spectrogram_transformer."
+HF_NAMES = {  # the AST release's names: as Hugging Face saves them; of two that overlap the longer comes first
+    "v.cls_token": f"{BODY}embeddings.cls_token", "v.dist_token": f"{BODY}embeddings.distillation_token",
+    "v.pos_embed": f"{BODY}embeddings.position_embeddings", "v.norm.": f"{BODY}layernorm.",
+    "v.patch_embed.proj.": f"{BODY}embeddings.patch_embeddings.projection.", "v.blocks.": f"{BODY}encoder.layer.",
+    ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after.", ".attn.q.": ".attention.attention.query.",
+    ".attn.k.": ".attention.attention.key.", ".attn.v.": ".attention.attention.value.",
+    ".attn.proj.": ".attention.output.dense.", ".mlp.fc1.": ".intermediate.dense.", ".mlp.fc2.": ".output.dense.",
+    "mlp_head.0.": "classifier.layernorm.", "mlp_head.1.": "classifier.dense.",
+}  # fmt: skip
+IN_MEMORY = {"v.blocks.": f"{BODY}layers.", ".attn.proj.": ".attention.o_proj."}  # of transformers 5, not as it saves
+IN_MEMORY |= {f".attn.{p}.": f".attention.{p}_proj." for p in "qkv"}
 
 
 def from_hugging_face(state):
     """Hugging Face AST names -> the original release's, with query, key and value joined into one matrix."""
     out = {}
     for key, value in state.items():
-        for pattern, new in HF_NAMES:
-            key = re.sub(pattern, new, key)
+        for ours, theirs in (*HF_NAMES.items(), *IN_MEMORY.items()):
+            key = key.replace(theirs, ours)
         out[key] = value
     for key in [k for k in out if ".attn.q." in k]:
         parts = [out.pop(key.replace(".attn.q.", f".attn.{p}."), None) for p in "qkv"]
@@ -302,22 +293,13 @@ def from_hugging_face(state):
 
 def to_hugging_face(state):
     """The inverse of from_hugging_face: our AST's state dict under the names that Hugging Face saves."""
-    body, out = "audio_spectrogram_transformer", {}
-    names = {
-        "mlp_head.0.": "classifier.layernorm.", "mlp_head.1.": "classifier.dense.", "v.cls_token": f"{body}.embeddings.cls_token",
-        "v.dist_token": f"{body}.embeddings.distillation_token", "v.pos_embed": f"{body}.embeddings.position_embeddings",
-        "v.patch_embed.proj.": f"{body}.embeddings.patch_embeddings.projection.", "v.norm.": f"{body}.layernorm.",
-        "v.blocks.": f"{body}.encoder.layer.", ".norm1.": ".layernorm_before.", ".norm2.": ".layernorm_after.",
-        ".attn.proj.": ".attention.output.dense.", ".mlp.fc1.": ".intermediate.dense.", ".mlp.fc2.": ".output.dense.",
-    }  # fmt: skip
+    out = {}
     for key, value in state.items():
-        for ours, theirs in names.items():
-            key = key.replace(ours, theirs)
-        if ".attn.qkv." in key:
-            parts = zip(("query", "key", "value"), value.chunk(3))
-            out |= {key.replace(".attn.qkv.", f".attention.attention.{p}."): v.contiguous() for p, v in parts}
-        else:
-            out[key] = value
+        for p, part in zip("qkv", value.chunk(3)) if ".attn.qkv." in key else [("", value)]:
+            name = key.replace(".attn.qkv.", f".attn.{p}.")
+            for ours, theirs in HF_NAMES.items():
+                name = name.replace(ours, theirs)
+            out[name] = part.contiguous()
     return out
 
 
@@ -565,7 +547,6 @@ def setup(device=None, precision=None):
     if use_cuda:
         torch.cuda.set_device(local)
         torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
-        torch.backends.cudnn.benchmark = True  # shapes do not change
     elif precision == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
         print("this CPU has no AVX512-BF16: --precision bfloat16 is slower here than float32")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
@@ -608,6 +589,7 @@ def wrap(model, args, device, trains=True):
     folded into its convolutions, in place."""
     if not trains:
         fold_norms(model)
+    torch.backends.cudnn.benchmark = device.type == "cuda"  # the shapes of training do not change
     if trains and world() > 1 and device.type == "cuda":
         model = convert_sync_batchnorm(model)  # timm's: torch's would drop the activations inside timm's norms
     if not isinstance(model, AST):
@@ -622,38 +604,3 @@ def progress(total, label, initial=0, unit="clip"):
     """A progress bar on rank 0: live on a terminal, a line every half minute in a log."""
     every = 0.5 if sys.stderr.isatty() else 30
     return tqdm(desc=label, total=total, initial=initial, unit=unit, mininterval=every, disable=rank() > 0, leave=False)
-
-
-def terminated(*_):
-    os.write(2, b"stopped by SIGTERM; the same command resumes from the last save\n")
-    os._exit(143)  # a file is whole or absent at any moment
-
-
-def command_line(main):
-    """Run a script's main(): an error that a user can fix is one sentence on stderr and exit code 1."""
-    signal.signal(signal.SIGTERM, terminated)
-    atexit.register(gc.freeze)  # or the interpreter spends a second or two on collecting all of torch as it ends
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a class name may have letters that a locale cannot print
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except KeyboardInterrupt:
-        stop("stopped by Ctrl-C; the same command resumes from the last save")
-    except torch.OutOfMemoryError:
-        stop("error: the GPU's memory is full: use a smaller --batch-size, or --cache disk where the clips took it")
-    except (ValueError, OSError) as e:  # TRACEBACK=1 python ... shows where it came from
-        stop(traceback.format_exc() if os.environ.get("TRACEBACK") else f"error: {e}")
-    except Exception:
-        if not dist.is_initialized():
-            raise
-        stop(traceback.format_exc())
-
-
-def stop(message):
-    """End the process with this message and exit code 1; under torchrun at once, or it might wait for the others."""
-    if not dist.is_initialized():
-        sys.exit(message)
-    sys.stdout.flush()
-    print(message, file=sys.stderr, flush=True)
-    os._exit(1)

@@ -14,6 +14,7 @@ import argparse
 import collections
 import concurrent.futures
 import csv
+import errno
 import functools
 import hashlib
 import http.client
@@ -46,7 +47,8 @@ import dataset
 from dataset import N_MELS, SAMPLE_RATE, SHARD, VERSION, atomic_write, crc32, read_json, write_csv, write_json
 
 CHUNK = 16  # clips that a worker takes at a time
-AUDIO = ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", ".m4a", ".mp4", ".webm"  # fmt: skip
+UNREADABLE = ".m4a", ".mp4", ".webm"  # by soundfile: these are listed in skipped.csv
+AUDIO = ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", *UNREADABLE
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "eval": "eval", "test": "eval", "": ""}
 TIMEOUT, WAITS = 60, (1, 2, 4, 8, 16)  # s: of a silent connection, and before the next attempt while nothing new comes
 AGAIN = "run the same command again, it resumes the download, or give --root a copy of the data"
@@ -148,7 +150,10 @@ def open_audio(path, member=None):
             path = io.BytesIO(f.read(member[2]))
     elif not os.path.exists(path):
         raise FileNotFoundError("no such file")
-    f = soundfile.SoundFile(path)
+    try:
+        f = soundfile.SoundFile(path)
+    except TypeError as e:  # of a .raw file
+        raise ValueError("audio without a header: convert it to WAV") from e
     if not 1000 <= f.samplerate <= 768000:
         raise ValueError(f"a sample rate of {f.samplerate} Hz")
     return f
@@ -158,8 +163,8 @@ def read_mono(f, n):
     """The next n samples of an open file, or what is left of it: (n,) float32, channels averaged."""
     kind = "int16" if f.subtype == "PCM_16" else "float32"  # torch converts faster, to the same bits
     x = f.read(n, dtype=kind)
-    if kind == "float32" and not np.isfinite(x).all():
-        raise ValueError("samples that are not finite")
+    if kind == "float32" and not (np.abs(x) < 1e15).all():  # its power would not fit into float32
+        raise ValueError("samples that are not finite, or of an absurd size")
     x = torch.from_numpy(x) if kind == "float32" else torch.from_numpy(x).float() / 32768
     return x if x.ndim == 1 else x.mean(1)
 
@@ -188,7 +193,7 @@ def read_rows(path, **dialect):
         try:
             delimiter = max(",;\t", key=f.readline().count)
             f.seek(0)
-            lines = csv.reader(f, delimiter=delimiter, **dialect)
+            lines = csv.reader(f, delimiter=delimiter, strict=True, **dialect)
             yield from ((lines.line_num, row) for row in lines if any(row))
         except (UnicodeDecodeError, csv.Error) as e:
             raise ValueError(f"{path} is not a table in UTF-8 ({e}): save it as 'CSV UTF-8'") from e
@@ -199,8 +204,9 @@ def read_table(path, columns, numbers=()):
     rows = read_rows(path)
     names = [name.strip() for name in next(rows, (1, []))[1]]
     for column in columns:
-        if column not in names:
-            raise ValueError(f"{path} has no column '{column}': its first line must name {', '.join(columns)}")
+        if names.count(column) != 1:
+            many = "two columns" if column in names else "no column"
+            raise ValueError(f"{path} has {many} '{column}': its first line must name {', '.join(columns)}, each once")
     for line, row in rows:
         if len(row) != len(names):
             raise ValueError(f"{path} line {line} does not have the {len(names)} cells of the first line")
@@ -266,7 +272,8 @@ def audioset(root):
         stem = os.path.splitext(os.path.basename(path))[0]
         stems = [stem, re.sub(r"_[\d.]+$", "", stem), re.sub(r"_[\d.]+_[\d.]+$", "", stem)]
         clip = next((clips[k] for n in stems for k in (n, n.removeprefix("Y")) if k in clips), None)
-        if clip and (clip.path is None or path < clip.path):  # of several copies the first in order
+        order = lambda p: (p.lower().endswith(UNREADABLE), p)
+        if clip and (clip.path is None or order(path) < order(clip.path)):  # of several copies the first in order
             clips[clip.id] = clip._replace(path=path, member=member)
     listed, found = (collections.Counter(c.split for c in clips.values() if c.path or every) for every in (True, False))
     print("; ".join(f"{split}: {found[split]:,} of {n:,} listed clips found" for split, n in listed.items()))
@@ -278,43 +285,44 @@ def audio_below(root):
 
     Archives are listed from their headers. Of one that was cut short the whole files are used, and that is printed.
     """
-    files = sorted(os.path.join(folder, name) for folder, _, names in os.walk(root) for name in names)
+    walk = os.walk(root, followlinks=True)  # of several disks
+    files = sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
     yield from ((path, None) for path in files if path.lower().endswith(AUDIO))
-    sizes = {path: os.path.getsize(path) for path in files if path.lower().endswith(".tar")}
-    total = {"total": sum(sizes.values()), "unit": "B", "unit_scale": True}
-    with tqdm(desc=f"listing {len(sizes)} tar files", **total, disable=not sizes) as bar:
-        for path, size in sizes.items():
-            count, before = 0, bar.n
+    tars = [path for path in files if path.lower().endswith(".tar")]
+    with tqdm(desc=f"listing {len(tars)} tar files", unit="file", disable=not tars) as bar:
+        for path in tars:
+            count, size = 0, os.path.getsize(path)
             try:
                 with tarfile.open(path, "r:") as tar:
                     while info := tar.next():
-                        end = info.offset_data + info.size
-                        if end > size:
+                        if info.offset_data + info.size > size:
                             raise tarfile.ReadError("unexpected end of data")
                         if info.isreg() and info.name.lower().endswith(AUDIO):
                             count += 1
                             yield f"{path}/{info.name}", (path, info.offset_data, info.size)
                         tar.members.clear()  # or it keeps them all
-                        bar.update(before + end - bar.n)
-                    if tar.offset + tarfile.BLOCKSIZE > size:
-                        raise tarfile.ReadError("no end mark")
+                        bar.update()
+                    tar.fileobj.seek(tar.offset)
+                    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                        raise tarfile.ReadError("a damaged header, or no end mark")
             except tarfile.TarError as e:
                 print(f"{path} is damaged ({e}): only its first {count} audio files are used; download it again")
 
 
 def class_folders(root):
     """A folder of class-named folders, audio at any depth below them; above them may stand train, val and eval folders."""
-    groups = [("", p) for p in sorted(root.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    folders = lambda at: [p for p in sorted(at.iterdir()) if p.is_dir() and not p.name.startswith(".")]
+    groups = [("", p) for p in folders(root)]
     tops = [p for _, p in groups if p.name.lower() in SPLITS]
     if 0 < len(tops) < len(groups):
-        raise ValueError(f"{root} holds folders of splits ({tops[0].name}) beside others: sort them one way")
+        raise ValueError(f"{root} holds folders of splits ({tops[0].name}) beside others: give a table")
     if tops:
-        groups = [(SPLITS[top.name.lower()], p) for top in tops for p in sorted(top.iterdir()) if p.is_dir()]
+        groups = [(SPLITS[top.name.lower()], p) for top in tops for p in folders(top)]
     index = {name: i for i, name in enumerate(sorted({p.name for _, p in groups}))}
     clips = []
     for split, folder in groups:
         for p in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO and p.is_file()):
-            if not p.name.startswith("."):
+            if not any(part.startswith(".") for part in p.relative_to(folder).parts):
                 clips.append(Clip(p.relative_to(root).as_posix(), str(p), split, "", [index[folder.name]]))
     if len(index) < 2 or not clips:
         raise ValueError(f"{root} holds no class folders with audio: give {root}/CLASS/*.wav, or a table")
@@ -516,17 +524,25 @@ def download(source, root, seconds):
         print(f"{source}: {gb} GB to download from {url}; unpacked and prepared it needs {need}")
         if free < max(gb_unpacking, gb_audio + prepared):
             raise OSError(f"{source} needs {need}: free some, or give --out on a larger disk")
-    for archive, sums in ARCHIVES[source].items():
-        parts, mark = [root / f"{archive}.{ending}" for ending in sums], root / f"{archive}.unpacked"
-        if not mark.exists():
-            for part, md5 in zip(parts, sums.values()):
-                download_file(url + part.name, part, md5)
-            unpack(parts, root, top)
-            os.sync()
-            mark.touch()
-            print(f"{archive} is unpacked into {root}, the archive is removed")
-        for part in parts:
-            part.unlink(missing_ok=True)
+    dataset.lock(root)
+    try:
+        for archive, sums in ARCHIVES[source].items():
+            parts, mark = [root / f"{archive}.{ending}" for ending in sums], root / f"{archive}.unpacked"
+            if not mark.exists():
+                for part, md5 in zip(parts, sums.values()):
+                    download_file(url + part.name, part, md5)
+                unpack(parts, root, top)
+                os.sync()
+                mark.touch()
+                print(f"{archive} is unpacked into {root}, the archive is removed")
+            for part in parts:
+                part.unlink(missing_ok=True)
+    except OSError as e:
+        if e.errno != errno.ENOSPC:
+            raise
+        raise OSError(f"{root} is full: free some disk, the same command resumes") from e
+    finally:
+        dataset.unlock(root)
 
 
 # --------------------------------------------------------------------------------------------------------- preparation
@@ -539,14 +555,19 @@ def check_clips(source, clips, task):
     ids = collections.Counter(c.id for c in clips)
     if len(ids) < len(clips):
         raise ValueError(f"{source}: clip '{max(ids, key=ids.get)}' is listed {max(ids.values())} times")
-    if odd := next((c.path for c in clips if re.search("[\ud800-\udfff]", c.path)), None):
-        raise ValueError(f"the file name {odd!r} is not UTF-8: rename it")
+    files = collections.Counter(os.path.normpath(c.path) for c in clips)
+    if len(files) < len(clips):
+        raise ValueError(f"{source}: the file {max(files, key=files.get)} is listed twice, under two spellings")
+    if odd := next((c.path for c in clips if re.search("[\ud800-\udfff\r]", c.path)), None):
+        raise ValueError(f"the file name {odd!r} is not UTF-8, or has a line break: rename it")
     many = next((c for c in clips if len(c.labels) != 1), None)
     if task == "single-label" and many:
         raise ValueError(f"--task single-label, but clip '{many.id}' has {len(many.labels)} labels")
+    if task is None and many and max(len(c.labels) for c in clips) == 1:
+        raise ValueError(f"clip '{many.id}' has no label, and none has two: label it, or give --task multi-label")
     splits, folds = {c.split.split("-")[0] for c in clips}, {c.fold for c in clips}
     if "" not in splits and (lacking := {"train", "eval"} - splits):
-        raise ValueError(f"no clip has split '{max(lacking)}': training and scoring need both")
+        raise ValueError(f"no clip has split '{max(lacking)}': training and scoring need both, give them clips")
     if "" not in folds and len(folds) < 2:
         raise ValueError(f"all clips are in fold {clips[0].fold}: two or more folds are needed")
     return task or ("multi-label" if many else "single-label")
@@ -566,17 +587,20 @@ def start_worker():
 
 def fill_rows(shard, rows, clips, n_frames, seconds):
     """Fill rows of a shard under construction with these clips; [(frames, mean, var) or the reason it cannot]."""
-    out, found = np.lib.format.open_memmap(shard, mode="r+"), []
-    for row, clip in zip(rows, clips):
-        try:
-            x = fbank(load_audio(clip.path, seconds, clip.member))[:n_frames].half()
-            if not len(x):
-                raise ValueError("shorter than one frame of 25 ms")
-        except (soundfile.SoundFileError, ValueError, OSError) as e:
-            found.append(" ".join(str(e).split()))  # its row stays zero
-            continue
-        out[row, : len(x)], wide = x.numpy(), x.double()
-        found.append((len(x), wide.mean().item(), wide.var(correction=0).item()))
+    found, start = [], np.load(shard, mmap_mode="r").offset
+    with open(shard, "rb+") as f:  # written, not mapped: a full disk is an error, not a bus error
+        for row, clip in zip(rows, clips):
+            try:
+                x = fbank(load_audio(clip.path, seconds, clip.member))[:n_frames].half()
+                if not len(x):
+                    raise ValueError("shorter than one frame of 25 ms")
+            except (soundfile.SoundFileError, ValueError, OSError) as e:
+                found.append(" ".join(str(e).split()))  # its row stays zero
+                continue
+            f.seek(start + row * n_frames * N_MELS * 2)
+            f.write(x.numpy())
+            wide = x.double()
+            found.append((len(x), wide.mean().item(), wide.var(correction=0).item()))
     return found
 
 
@@ -588,9 +612,6 @@ def make_shards(shards, notes, fingerprint, n_frames, seconds, workers):
     def fill(shard, path):
         if path != shard:
             np.lib.format.open_memmap(path, "w+", np.float16, (len(shards[shard]), n_frames, N_MELS))
-            if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a bus error in a worker
-                with open(path, "rb+") as f:
-                    os.posix_fallocate(f.fileno(), 0, path.stat().st_size)
         parts = [unread[shard][i : i + CHUNK] for i in range(0, len(unread[shard]), CHUNK)]
         jobs = [pool.submit(fill_rows, path, p, [shards[shard][i] for i in p], n_frames, seconds) for p in parts]
         for part, job in zip(parts, jobs):
@@ -643,17 +664,23 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
     out.mkdir(parents=True, exist_ok=True)
     dataset.lock(out)
     try:
-        for path in [*out.glob("stats.json"), *out.glob("fbank-*.json")][:1]:
+        begun = [*out.glob("stats.json"), *out.glob("fbank-*.json")]
+        if not begun and (out / "clips.csv").exists():
+            raise ValueError(f"{out} holds a clips.csv that prep_data.py did not write: give another --out")
+        for path in begun[:1]:
             if read_json(path).get("fingerprint") != facts["fingerprint"]:
                 raise ValueError(f"{out} holds other clips or other settings: give another --out, or remove it")
         if (out / "stats.json").exists():
             print(f"{out} is complete: nothing to do")
         else:
-            kind = f"{len(clips)} clips of {seconds:g} s, {len(classes)} classes, {facts['task']}"
-            print(f"{source}: {kind}; {workers} workers -> {out}")
             shards = {out / f"fbank-{i // SHARD:05d}.npy": clips[i : i + SHARD] for i in range(0, len(clips), SHARD)}
             notes = {shard: {"found": [""] * len(own)} for shard, own in shards.items()}  # '': not read yet
             notes |= {s: read_json(p) for s in shards if s.exists() and (p := s.with_suffix(".json")).exists()}
+            gb = sum(len(own) for s, own in shards.items() if not s.exists()) * n_frames * N_MELS * 2 / 1e9
+            kind = f"{len(clips)} clips of {seconds:g} s, {len(classes)} classes, {facts['task']}, {gb:.1f} GB"
+            print(f"{source}: {kind}; {workers} workers -> {out}")
+            if gb > (free := shutil.disk_usage(out).free / 1e9):
+                raise OSError(f"{out} has {free:.1f} GB free, its shards need {gb:.1f}: give --out on a larger disk")
             make_shards(shards, notes, facts["fingerprint"], n_frames, seconds, workers)
             write_tables(out, facts, classes, clips, missing, [notes[shard] for shard in shards])
         for note in out.glob("fbank-*.json"):
@@ -675,6 +702,7 @@ def write_tables(out, facts, classes, clips, missing, notes):
         if len(skipped) > 0.05 * len(clips):
             raise ValueError(f"{what}. The rest is kept: fix the files, and the same command reads them again")
         print(what)
+    check_clips(facts["source"], [c for _, c in kept], facts["task"])  # is a whole split unreadable?
     rows = ([row, *c[:4], ";".join(map(str, c.labels)), *found[row]] for row, c in kept)
     write_csv(out / "clips.csv", dataset.CLIP_COLUMNS, rows)
     write_csv(out / "classes.csv", ["index", "mid", "display_name"], ([i, *c] for i, c in enumerate(classes)))
@@ -723,6 +751,7 @@ def main():
     if not 0.16 <= seconds <= 3600:
         raise ValueError(f"--clip-seconds {seconds:g} is out of range [0.16, 3600]")
     source = "esc50" if a.dataset == "esc10" else a.dataset  # ESC-10 is a part of ESC-50
+    out = out if out.name else out.absolute()  # of '.'
     root = a.root or out.with_name(f"{out.name if source == 'demo' else source}-audio")
     if a.root is None and source in NEEDED:
         raise ValueError(f"{source} needs --root: {NEEDED[source]}")
@@ -737,11 +766,4 @@ def main():
 if __name__ == "__main__":
     if sys.getfilesystemencoding() != "utf-8":  # LC_ALL=C with PYTHONUTF8=0: the names of files are UTF-8 all the same
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-    stopped = b"stopped by SIGTERM; the same command resumes\n"
-    signal.signal(signal.SIGTERM, lambda *_: (os.write(2, stopped), os._exit(143)))  # workers end with their parent
-    try:
-        main()
-    except (ValueError, OSError) as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        sys.exit("stopped by Ctrl-C; the same command resumes")
+    dataset.command_line(main)  # where it ends, its workers end too

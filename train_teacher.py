@@ -4,7 +4,7 @@
     python train_teacher.py --data data/fsd50k --model ast-base                                      # one GPU
     torchrun --nproc_per_node=8 train_teacher.py --data data/fsd50k --model ast-base                 # 8 GPUs
 
-Every flag that is not given is decided by the table below, and the resolved settings are printed and saved. A run writes
+Every flag that is not given is decided by RECIPES in this file, and the resolved settings are printed and saved. A run writes
 best.pt (best on validation; the last epoch where there is none), ep-NN.pt, last.pt, log.jsonl and args.json to
 exp/<data>/<model>[-fold<K>]-s<seed>/. Interrupted, the same command resumes it.
 """
@@ -108,10 +108,12 @@ def resolve(args, data):
     if isinstance(args.average, int) and args.epochs != row["epochs"] or args.average == "val" and not data.has_val:
         args.average = args.epochs // 3 + 1  # the last two thirds
     check_ranges(args, data, kind)
+    if len(data) < dataset.world():
+        raise ValueError(f"{len(data)} training clips are too few for {dataset.world()} processes: start fewer")
     if args.batch_size % dataset.world():
         args.batch_size += dataset.world() - args.batch_size % dataset.world()
         print(f"--batch-size rounded up to {args.batch_size}, a multiple of the {dataset.world()} processes")
-    args.batch_size = min(args.batch_size, max(1, len(data) // dataset.world() * dataset.world()))
+    args.batch_size = min(args.batch_size, len(data) // dataset.world() * dataset.world())
     args.warmup = min(args.warmup, args.epochs * (len(data) // args.batch_size) // 10)
     return args
 
@@ -159,7 +161,7 @@ def claim(args, data, suffix=""):
     if (args.out / "args.json").exists():
         old = dataset.read_json(args.out / "args.json", "keep_epochs")
         other = sorted(k for k in settings.keys() - SAME_WEIGHTS if differs(old, k, settings[k], args.given))
-        if other:
+        if other and {p.name for p in args.out.glob("*.pt")} - {"ep-00.pt"}:  # else it ended before it had trained
             changes = ", ".join(f"{k} {old.get(k)} -> {settings[k]}" for k in other)
             raise ValueError(f"{args.out} is a run with other settings ({changes}): give another --out, or remove it")
         settings["keep_epochs"] |= old["keep_epochs"]
@@ -174,7 +176,15 @@ def claim(args, data, suffix=""):
 def open_data(args):
     """The training split, and the validation split where there is one (folds and AudioSet have none: no choice is made)."""
     train = dataset.FbankDataset(args.data, "train-balanced" if args.recipe == "audioset-bal" else "train", args.fold)
+    if (
+        train.source == "audioset"
+        and args.recipe in (None, "audioset")
+        and "train-unbalanced" not in train.stats["listed"]
+    ):
+        raise ValueError(f"{train.root} has AudioSet's balanced part only: use --recipe audioset-bal, or prepare all")
     val = dataset.FbankDataset(args.data, "val") if train.has_val else None
+    if val is not None and (val.labels < 0).all():
+        raise ValueError(f"no validation clip of {val.root} has a label, so none could be chosen by: label some")
     if val is None:
         print("no validation split: best.pt is the last epoch")
     return train, val
@@ -209,7 +219,7 @@ def begin(args, data, val, device, suffix="", **meta):
     place_clips(args, data, device)
     if dataset.rank() == 0:
         check_disk(run)
-        if not run.history and not (args.out / "ep-00.pt").exists():  # later in its first epoch the model is another
+        if not last:
             models.save_checkpoint(args.out / "ep-00.pt", model, **meta, epoch=0)
     signal.signal(signal.SIGTERM, lambda *_: run.stop.set())  # a pre-emption: the loop looks after each step
     return run
@@ -222,7 +232,9 @@ def place_clips(args, data, device):
     if args.cache == "device" or (not args.cache and fits):
         data.keep_on(device)
     where = "disk, through the page cache" if data.cache is None else f"{device.type} memory"
-    print(f"{len(data)} training clips, {need / 2**30:.2f} GiB, are read from {where}")
+    print(
+        f"{data.count()} training clips, {need / 2**30:.2f} GiB, are read from {where}; {device}, {args.precision or models.PRECISION[device.type]}"
+    )
 
 
 def check_disk(run):
@@ -243,7 +255,7 @@ def decay_factor(args, epoch, history):
     rate = torch.optim.SGD([torch.zeros(1)], lr=1.0)
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(rate, "max", factor=0.5, patience=2)
     for e in history:  # replayed, so that an interruption has no state to lose
-        plateau.step(e.get("val_score", -e["loss"]))
+        plateau.step(e["val_score"] if "val_score" in e else 1 / e["loss"])
     return rate.param_groups[0]["lr"]
 
 
@@ -260,7 +272,8 @@ def record(run, log, step, terms):
 
 
 def means(run, log):
-    """{name: mean over an epoch's steps so far} of its log; waits for the device. ValueError names the first step whose loss or gradient was not finite, and its clips."""
+    """{name: mean over an epoch's steps so far} of its log; waits for the device. ValueError names the first step whose loss or
+    gradient was not finite, and its clips."""
     finite = log.isfinite().all(1)
     if not finite.all():
         args, step, epoch = run.args, int(finite.int().argmin()), len(run.history) + 1
@@ -286,9 +299,10 @@ def save_last(run, log):
         os._exit(143)  # other processes may be waiting for this one: torchrun ends them
 
 
-def finish_epoch(run, log, seconds, clips):
+def finish_epoch(run, log, began, clips):
     """Validate, log, and save ep-NN.pt, best.pt and last.pt, in the order in which a kill at any moment loses nothing."""
     losses = torch.tensor(list(means(run, log).values()), device=run.device)
+    seconds = time.monotonic() - began  # means waited for the last step
     if dataset.world() > 1:
         torch.distributed.all_reduce(losses)
     entry = {"epoch": len(run.history) + 1, "lr": run.optimizer.param_groups[0]["lr"]}
@@ -302,7 +316,8 @@ def finish_epoch(run, log, seconds, clips):
         found = evaluate.scores(p, y, run.val.task)
         if not run.history:
             evaluate.report_absent(found["positives"], run.val)
-        entry |= {f"val_{k}": found[k] for k in ("mAP", "mAUC", "d_prime", "accuracy")}
+        finite = lambda v: v if math.isfinite(v) else None  # JSON has no infinite d'
+        entry |= {f"val_{k}": finite(found[k]) for k in ("mAP", "mAUC", "d_prime", "accuracy")}
         entry["val_score"] = found[evaluate.MAIN_SCORE[run.val.task]]
         best = not run.history or entry["val_score"] > max(e["val_score"] for e in run.history)
         val = f"  val {evaluate.MAIN_SCORE[run.val.task]} {100 * entry['val_score']:.2f}{' *' if best else ''}"
@@ -357,7 +372,7 @@ def main():
                     bar.set_postfix(means(run, log[: step + 1]), refresh=False)
                 if run.stop.is_set() or time.monotonic() - run.saved > RESUME_SECONDS:
                     save_last(run, log[: step + 1])
-        finish_epoch(run, log, time.monotonic() - began, (n_steps - first) * args.batch_size)
+        finish_epoch(run, log, began, (n_steps - first) * args.batch_size)
 
 
 if __name__ == "__main__":

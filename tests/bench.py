@@ -150,7 +150,7 @@ def bench_input(row, quick, device, folder):
     args = settings(data, "efficientnet-b0", 120)
 
     def host_side(work, steps, device):  # in the place of prefetch: no batch reaches the device's part
-        clips.append(sum(len(tensors[0]) for tensors, *_ in prefetch(work, steps, device)))
+        clips.append(sum(len(d["x"]) for d, _ in prefetch(work, steps, device)))
         yield from ()
 
     rates, dataset.prefetch = {"the page cache": [], "cold pages": []}, host_side

@@ -62,7 +62,7 @@ def test_onnx_of_two_heads_is_their_mean(tmp_path):
         want = torch.stack(model(x, both=True)).mean(0)
     np.testing.assert_allclose(session.run(None, {"log_mel": x.numpy()})[0], want, atol=1e-4)
     assert "softmax" in session.get_modelmeta().custom_metadata_map["output"]
-    assert "not one with a distillation head" in inside(
+    assert "has no place for an AST with a distillation head" in inside(
         "evaluate.py", "--ckpt", tmp_path / "a.pt", "--export", tmp_path
     )
 
@@ -196,7 +196,7 @@ def test_folders_that_cannot_be_used(foreign, tmp_path):
         with pytest.raises(ValueError, match=message):
             models.load_checkpoint(tmp_path)
     checkpoint(tmp_path / "cnn.pt", CNN, 30)
-    assert "Hugging Face has AST, not one but" in inside(
+    assert "Hugging Face's format has no place for" in inside(
         "evaluate.py", "--ckpt", tmp_path / "cnn.pt", "--export", tmp_path
     )
     two = [tmp_path / "cnn.pt"] * 2

@@ -257,6 +257,12 @@ def test_made_split_is_stratified_and_reproducible(tmp_path, capsys):
         (["path,labels", "a.wav,x", "b.wav"], r"bad\.csv line 3"),
         (["path,labels,split", "a.wav,x,val", "b.wav,x,eval"], "no clip has split 'train'"),
         (["path,labels,split", "a.wav,x,val", "b.wav,x,train"], "no clip has split 'eval'"),
+        (["path,labels", *(f"{i}.wav,{'xyz'[i % 3]}" for i in range(9))], "no clip has split 'eval'"),  # made: too few
+        (["path,split,labels", 'a.wav,train,"x', "b.wav,eval,x"], r"bad\.csv is not a table in UTF-8"),  # no end quote
+        (["path,labels,labels", "a.wav,x,y"], r"bad\.csv has two columns 'labels'"),
+        (["path,labels,split", "a.wav,x,train", "./a.wav,x,eval"], r"the file .*a\.wav is listed twice"),
+        (["path,labels,split", "a.wav,x,train", "b.wav,,eval"], r"clip 'b\.wav' has no label, and none has two"),
+        (["path,labels,split", "a.wav,x,train", '"b\r.wav",x,eval'], "or has a line break: rename it"),
     ],
 )
 def test_a_bad_table_is_refused_before_any_audio_is_read(tmp_path, monkeypatch, lines, says):
@@ -266,6 +272,33 @@ def test_a_bad_table_is_refused_before_any_audio_is_read(tmp_path, monkeypatch, 
     with pytest.raises(ValueError, match=says) as error:
         main(monkeypatch, "csv", "--root", table, "--out", tmp_path / "out")
     assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_table_in_the_prepared_folder_is_not_overwritten(tmp_path):
+    for name in "ab":
+        soundfile.write(tmp_path / f"{name}.wav", partials(16000, 0.3), 16000)
+    table = write(tmp_path / "clips.csv", "path,labels,split", "a.wav,x,train", "b.wav,y,eval")
+    before = table.read_text()
+    assert "a clips.csv that prep_data.py did not write" in inside(*PREP, table, "--out", tmp_path)
+    assert table.read_text() == before
+
+
+def test_a_split_that_cannot_be_read_is_an_error(tmp_path):
+    for i in range(20):
+        soundfile.write(tmp_path / f"{i}.wav", partials(16000, 0.1), 16000)
+    (tmp_path / "20.wav").write_bytes(b"")
+    rows = (f"{i}.wav,{'xy'[i % 2]},{'train' if i < 20 else 'eval'}" for i in range(21))
+    table = write(tmp_path / "t.csv", "path,labels,split", *rows)
+    said = inside(*PREP, table, "--out", tmp_path / "out", "--clip-seconds", 0.5, "--workers", 1)
+    assert "no clip has split 'eval'" in said and not (tmp_path / "out" / "stats.json").exists()
+
+
+def test_hidden_folders_are_no_classes(tmp_path):
+    for place in ("train/cat", "train/dog", "train/dog/.cache", "train/.ipynb_checkpoints", "eval/cat", "eval/dog"):
+        (tmp_path / place).mkdir(parents=True)
+        soundfile.write(tmp_path / place / "1.wav", partials(16000, 0.1), 16000)
+    classes, clips = prep_data.class_folders(tmp_path)
+    assert [name for _, name in classes] == ["cat", "dog"] and len(clips) == 4
 
 
 # ------------------------------------------------------------------------------------------------ ESC-50, FSD50K, flags
@@ -473,11 +506,13 @@ def test_a_killed_worker_is_one_sentence(small, tmp_path, monkeypatch):
 
 
 def test_a_full_disk_is_one_sentence(small, tmp_path, monkeypatch):
-    def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def full(path, mode="r", **options):
+        if mode == "rb+":
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return open(path, mode, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "posix_fallocate", full)
+        patch.setattr(prep_data, "open", full, raising=False)
         with pytest.raises(
             OSError, match=r"fbank-00000\.npy could not be written \(No space left on device\): free some"
         ):
@@ -512,17 +547,19 @@ def test_many_broken_clips_are_an_error_that_keeps_the_work(tmp_path, monkeypatc
     soundfile.write(tmp_path / "nothing.wav", good[:0], 16000)
     (tmp_path / "empty.wav").write_bytes(b"")
     (tmp_path / "text.mp3").write_text("not a sound\n" * 100)
+    soundfile.write(tmp_path / "huge.wav", np.eye(1, 8000, dtype=np.float32)[0] * 1e25, 16000, subtype="FLOAT")
     names = [f"{i}.wav" for i in range(12)]
-    names += ["nan.wav", "short.wav", "nothing.wav", "empty.wav", "text.mp3", "missing.wav"]
+    names += ["nan.wav", "short.wav", "nothing.wav", "empty.wav", "text.mp3", "missing.wav", "huge.wav"]
     table = write(tmp_path / "t.csv", "path,labels,fold", *(f"{n},x,{i % 2}" for i, n in enumerate(names)))
     for _ in range(2):  # the second run finds its shards and says the same
         with pytest.raises(
             ValueError,
-            match="6 of 18 clips could not be read.*nan.wav.*finite.*skipped.csv.*same command reads them again",
+            match="7 of 19 clips could not be read.*nan.wav.*finite.*skipped.csv.*same command reads them again",
         ):
             main(monkeypatch, "csv", "--root", table, "--out", tmp_path / "out", "--workers", 1, "--clip-seconds", 1)
         reasons = {r["id"]: r["reason"] for r in read(tmp_path / "out" / "skipped.csv")}
         assert list(reasons) == names[12:] and all(reasons.values())
+        assert "absurd size" in reasons["huge.wav"]
         assert "25 ms" in reasons["short.wav"] and "no samples" in reasons["nothing.wav"]
         shard = np.load(tmp_path / "out" / "fbank-00000.npy")
         assert (shard[:12, :28] != 0).any((1, 2)).all() and not shard[12:].any()
@@ -538,7 +575,7 @@ def test_many_broken_clips_are_an_error_that_keeps_the_work(tmp_path, monkeypatc
     for out in ("out", "fresh"):
         main(monkeypatch, "csv", *flags, "--out", tmp_path / out)
     assert files(tmp_path / "out") == files(tmp_path / "fresh")
-    assert len(read(tmp_path / "out" / "clips.csv")) == 18
+    assert len(read(tmp_path / "out" / "clips.csv")) == 19
 
 
 # ------------------------------------------------------------------------------------------------- long files, by windows
@@ -560,6 +597,12 @@ def test_windows_of_a_long_file_equal_the_whole(tmp_path, rate, channels):
         if hop <= window:
             assert at + len(samples) == len(whole) and all(len(s) == window * 16000 for _, s in found[:-1])
         assert len(found) == {2.0: 6, 3.0: 11, 0.5: 4, 10.0: 2, 20.0: 1}[window]
+
+
+def test_raw_audio_is_named(tmp_path):
+    (tmp_path / "bare.raw").write_bytes(bytes(8000))
+    with pytest.raises(ValueError, match="audio without a header: convert it to WAV"):
+        prep_data.load_audio(tmp_path / "bare.raw", 1)
 
 
 def test_windows_of_odd_files(tmp_path):
@@ -630,7 +673,7 @@ def test_a_file_name_that_is_not_utf8_is_named(tmp_path):
         soundfile.write(tmp_path / "in" / name / "1.wav", partials(16000, 0.3), 16000)
     os.rename(tmp_path / "in" / "b" / "1.wav", os.fsencode(tmp_path / "in" / "b") + b"/caf\xe9.wav")
     said = inside(*PREP, tmp_path / "in", "--out", tmp_path / "out")
-    assert "caf\\udce9.wav' is not UTF-8: rename it" in said and not (tmp_path / "out").exists()
+    assert "caf\\udce9.wav' is not UTF-8, or has a line break: rename it" in said and not (tmp_path / "out").exists()
 
 
 # --------------------------------------------------------------------------------------------- AudioSet in tar archives
@@ -703,7 +746,17 @@ def test_audioset_in_tars_equals_audioset_in_files(tmp_path):
     assert "nothing to do" in audioset(tmp_path / "tars", ours)
 
 
-def test_of_a_tar_that_was_cut_short_the_whole_files_are_used(tmp_path):
+def test_audioset_on_another_disk_and_in_two_formats(tmp_path):
+    audioset_lists(tmp_path / "in")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "in" / "link").symlink_to(tmp_path / "disk")
+    for name in ("a" * 11 + ".wav", "a" * 11 + ".m4a"):
+        (tmp_path / "disk" / name).write_bytes(b"")
+    [path] = [c.path for c in prep_data.audioset(tmp_path / "in")[1] if c.path]
+    assert path == str(tmp_path / "in" / "link" / ("a" * 11 + ".wav"))  # soundfile does not read m4a
+
+
+def test_of_a_tar_that_was_cut_short_the_whole_files_are_used(tmp_path, capsys):
     content = sounds_of([k * 11 + ".wav" for k in "abehi"])
     audioset_lists(tmp_path / "in")
     path = tmp_path / "in" / "0.tar"
@@ -719,6 +772,11 @@ def test_of_a_tar_that_was_cut_short_the_whole_files_are_used(tmp_path):
         path.write_bytes(whole[:size])
         found = {c.id[0] for c in prep_data.audioset(tmp_path / "in")[1] if c.path}
         assert found == {"a", "b", "e", "h"}
+    broken = bytearray(whole)
+    broken[members[4].offset + 10] ^= 1  # a header in the middle
+    path.write_bytes(broken)
+    assert {c.id[0] for c in prep_data.audioset(tmp_path / "in")[1] if c.path} == {"a", "b", "e", "h"}
+    assert "0.tar is damaged (a damaged header" in capsys.readouterr().out
     (tmp_path / "in" / "1.tar").write_bytes(b"not a tar" * 200)
     (tmp_path / "in" / "2.tar").write_bytes(b"")
     path.write_bytes(whole[: members[4].offset_data + 5000])
@@ -777,7 +835,7 @@ def test_weights_balance_the_classes(small, small_shards):
 def test_dataset_refuses_what_is_not_there(small, small_shards, tmp_path):
     out = small[1]
     for split, fold, says in (
-        ("train", None, "give --fold, one of 1, 2, 3"),
+        ("train", None, r"give --fold \(run_all.sh: FOLDS='1 2 3'\)"),
         ("train", 4, "no fold 4: it has folds 1, 2, 3"),
         ("val", 1, "no split 'val': it has train, eval"),
         ("test", 1, "no split 'test': it has train, eval"),

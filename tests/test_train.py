@@ -167,6 +167,8 @@ def test_plateau_is_that_of_torch_and_rises_with_the_score():
     assert [train_teacher.decay_factor(args, n + 1, history[:n]) for n in range(10)] == want
     history = [{"loss": 1 - s + 0.001 * n} for n, s in enumerate(scores)]  # no validation split: the training loss
     assert [train_teacher.decay_factor(args, n + 1, history[:n]) for n in range(10)] == want
+    history = [{"loss": 1.0}] * 9  # a plateau of the loss
+    assert [train_teacher.decay_factor(args, n + 1, history[:n]) for n in (3, 4, 8)] == [1, 0.5, 0.25]
 
 
 # ----------------------------------------------------------------------------------------------------------- one run
