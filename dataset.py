@@ -166,7 +166,7 @@ class FbankDataset(torch.utils.data.Dataset):
     ds[i] -> (x (T, 128) float32 log-mel in nats, not normalised, zero after the clip's end; y (C,) float32 in {0, 1}).
     ds.batch(indices) -> the same for a batch, float16 and with the clips' own frame counts: what training uses.
     Also: classes (names), task, n_frames, ids, labels (n, L) filled up with -1, mean and std (nats) of this split's own
-    frames, has_val, listed (clips of the split that the source lists). AudioSet's 'train' is both its lists,
+    frames, splits and has_val (of the whole folder), listed (clips of the split that the source lists). AudioSet's 'train' is both its lists,
     'train-balanced' the small one. Files are opened for each batch and closed again: AudioSet has 4,100 of them.
     Raises FileNotFoundError or ValueError for a folder that is not complete, or a split or fold that it does not have.
     """
@@ -223,7 +223,7 @@ class FbankDataset(torch.utils.data.Dataset):
         if not rows or (fold is not None and split not in ("train", "eval")):
             have = splits if fold is None else ["train", "eval"]
             raise ValueError(f"{self.root} has no split '{split}': it has {', '.join(have)}")
-        self.has_val, self.ids = fold is None and "val" in splits, tuple(ids)
+        self.splits, self.has_val, self.ids = splits, fold is None and "val" in splits, tuple(ids)
         self.rows, self.frames = np.array(rows), np.array(frames)  # (n,): place in the shards, own frame count
         mean, var, share = np.array(mean), np.array(var), self.frames / self.frames.sum()
         self.mean = float(share @ mean)

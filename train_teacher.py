@@ -176,11 +176,7 @@ def claim(args, data, suffix=""):
 def open_data(args):
     """The training split, and the validation split where there is one (folds and AudioSet have none: no choice is made)."""
     train = dataset.FbankDataset(args.data, "train-balanced" if args.recipe == "audioset-bal" else "train", args.fold)
-    if (
-        train.source == "audioset"
-        and args.recipe in (None, "audioset")
-        and "train-unbalanced" not in train.stats["listed"]
-    ):
+    if train.source == "audioset" and args.recipe in (None, "audioset") and "train-unbalanced" not in train.splits:
         raise ValueError(f"{train.root} has AudioSet's balanced part only: use --recipe audioset-bal, or prepare all")
     val = dataset.FbankDataset(args.data, "val") if train.has_val else None
     if val is not None and (val.labels < 0).all():

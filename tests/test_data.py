@@ -57,7 +57,10 @@ def test_a_table_that_somebody_cut_is_used_and_printed_in_one_line(multi, tmp_pa
 
 @pytest.mark.parametrize(
     "column, value, words",
-    [("labels", "7", "class"), ("labels", "x", "line"), ("n_frames", "31", "frames"), ("row", "74", "row 74")],
+    [
+        *(("labels", "7", "class"), ("labels", "x", "line"), ("labels", "-2", "negative label")),
+        *(("n_frames", "31", "frames"), ("row", "74", "row 74")),
+    ],
 )
 def test_an_edit_that_cannot_be_is_one_sentence(multi, tmp_path, column, value, words):
     shutil.copytree(multi, tmp_path / "bad")
@@ -65,6 +68,14 @@ def test_an_edit_that_cannot_be_is_one_sentence(multi, tmp_path, column, value, 
     with pytest.raises(ValueError, match=words) as error:
         dataset.FbankDataset(tmp_path / "bad", "train")
     assert "clips.csv" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("labels", ["", "0;1"])
+def test_a_single_label_clip_has_one_label(folds, tmp_path, labels):
+    shutil.copytree(folds, tmp_path / "bad")
+    edit(tmp_path / "bad", lambda r: r.update(labels=labels) if r["id"] == "2-3" else None)
+    with pytest.raises(ValueError, match="not one label a clip"):
+        dataset.FbankDataset(tmp_path / "bad", "train", 1)
 
 
 def test_folds_are_numbers(tmp_path):
@@ -87,6 +98,10 @@ def test_audioset_trains_on_both_lists_or_the_balanced_one(tmp_path):
         line = ["--data", str(folder), "--model", CNN, "--recipe", recipe]
         train, val = train_teacher.open_data(train_teacher.parser("").parse_args(line))
         assert len(train) == size and val is None
+    folder = write_prepared(tmp_path / "balanced", {"train-balanced": 5, "eval": 3}, True, source="audioset")
+    flags = ["--data", folder, "--model", CNN, "--pretrained", "no", "--epochs", 1, "--out", tmp_path / "run"]
+    assert "AudioSet's balanced part only: use --recipe audioset-bal" in inside("train_teacher.py", *flags)
+    assert "epoch  1/1" in inside("train_teacher.py", *flags, "--recipe", "audioset-bal")
 
 
 def test_more_shards_than_open_files_are_allowed(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import collections
 import csv
+import errno
 import hashlib
 import http.server
 import io
@@ -18,6 +19,7 @@ import pytest
 import soundfile
 from conftest import inside
 
+import dataset
 import prep_data
 
 needs_zip = pytest.mark.skipif(shutil.which("zip") is None, reason="no zip tool here to make a split archive with")
@@ -388,6 +390,24 @@ def test_a_damaged_archive_is_refused(tmp_path, fault, parts, method):
     with pytest.raises(ValueError, match=r"a\.zip is damaged \(.+\): remove .*run the same command"):
         prep_data.unpack(paths, tmp_path, None)
     assert not (tmp_path / "sound").exists()
+
+
+def test_one_process_downloads(server, esc, tmp_path):
+    root = tmp_path / "data" / "esc50-audio"
+    root.mkdir(parents=True)
+    dataset.lock(root)
+    assert f"{root} is in use by another process" in run("esc50", tmp_path)
+    assert "wrote" in run("esc50", tmp_path)
+
+
+def test_a_disk_that_fills_up_is_one_sentence(server, esc, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(prep_data, "unpack", full)
+        assert "esc50-audio is full: free some disk, the same command resumes" in run("esc50", tmp_path)
+    assert "wrote" in run("esc50", tmp_path)
 
 
 def disk(monkeypatch, free):

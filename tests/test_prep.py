@@ -518,6 +518,10 @@ def test_a_full_disk_is_one_sentence(small, tmp_path, monkeypatch):
         ):
             resume(monkeypatch, small[0], tmp_path / "out", 1)
     assert not list((tmp_path / "out").iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 0))
+        with pytest.raises(OSError, match=r"out has 0\.0 GB free, its shards need 0\.0: give --out on a larger disk"):
+            resume(monkeypatch, small[0], tmp_path / "out", 1)
     resume(monkeypatch, small[0], tmp_path / "out", 1)
     assert files(tmp_path / "out") == files(small[1])
 

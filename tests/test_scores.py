@@ -154,7 +154,7 @@ def written(folder, name="best", split="eval"):
 def test_scores_of_a_checkpoint_and_of_an_ensemble(multi, tmp_path):
     """Files against scikit-learn on predictions made by hand; an ensemble is the mean of probabilities; --split chooses."""
     paths = [checkpoint(tmp_path / f"cnn-s{s}" / "best.pt", multi, s, mean=-8.0 - s, val_score=0.25) for s in range(3)]
-    output = inside("evaluate.py", "--ckpt", paths[0])
+    output = inside("evaluate.py", "--ckpt", paths[0].parent)  # a run's folder is its best.pt
     inside("evaluate.py", "--ckpt", paths[0], "--split", "val")
     inside("evaluate.py", "--ckpt", *paths)
     single = {split: by_hand(paths[0], multi, split) for split in ("eval", "val")}

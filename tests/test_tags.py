@@ -177,7 +177,9 @@ def test_frames_average_to_the_clip_and_follow_each_other(tmp_path):
     assert all(a["end"] == b["start"] for a, b in itertools.pairwise(second))
     assert (tmp_path / "p-1.png").stat().st_size > 9999 and (tmp_path / "p-2.png").exists()
     checkpoint(tmp_path / "a.pt", "hybrid-b0")
-    assert "--frames works with one CNN" in inside("evaluate.py", "--ckpt", tmp_path / "a.pt", "--audio", *files, *flags)
+    assert "--frames works with one CNN" in inside(
+        "evaluate.py", "--ckpt", tmp_path / "a.pt", "--audio", *files, *flags
+    )
 
 
 def test_features_of_files_and_an_ensemble(tmp_path):

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import copy
+import csv
 import importlib
 import itertools
 import json
@@ -410,6 +411,36 @@ def test_a_run_without_last_starts_anew_to_the_same_weights(teacher, multi, tmp_
     flags = ["--data", multi, "--model", CNN, "--out", tmp_path / "run", *TINY]
     assert "resuming" not in inside("train_teacher.py", *flags)
     assert same(weights(tmp_path / "run" / "last.pt"), weights(teacher / "last.pt"))
+
+
+def test_a_run_that_never_trained_does_not_bind_its_settings(multi, tmp_path, monkeypatch):
+    flags = ["--data", multi, "--model", CNN, "--out", tmp_path / "run", "--epochs", 1, "--batch-size", 12]
+    assert "no weights at" in inside("train_teacher.py", *flags, "--pretrained", tmp_path / "gone.pth")
+    flags += ["--pretrained", "no"]
+    with monkeypatch.context() as patch:
+        patch.setattr(dataset, "batches", lambda *_: 1 / 0)  # ends after ep-00.pt, before it has trained
+        with pytest.raises(ZeroDivisionError):
+            inside("train_teacher.py", *flags)
+    first = models.read_checkpoint(tmp_path / "run" / "ep-00.pt")["state"]
+    assert "epoch  1/1" in inside("train_teacher.py", *flags, "--seed", 1)
+    start = models.read_checkpoint(tmp_path / "run" / "ep-00.pt")
+    assert start["args"]["seed"] == 1 and not torch.equal(start["state"]["head.weight"], first["head.weight"])
+    assert "is a run with other settings (seed 1 -> 2)" in inside("train_teacher.py", *flags, "--seed", 2)
+
+
+def test_validation_without_a_label_is_an_error(tmp_path):
+    folder = write_prepared(tmp_path / "data", {"train": 12, "val": 6}, True)
+    with open(folder / "clips.csv", newline="") as f:
+        header, *rows = csv.reader(f)
+    dataset.write_csv(folder / "clips.csv", header, ([*r[:5], "" if r[3] == "val" else r[5], *r[6:]] for r in rows))
+    flags = ["--data", folder, "--model", CNN, "--out", tmp_path / "run", *TINY]
+    assert "no validation clip of" in inside("train_teacher.py", *flags)
+
+
+def test_fewer_clips_than_processes_is_an_error(monkeypatch):
+    monkeypatch.setattr(dataset, "world", lambda: 8)
+    with pytest.raises(ValueError, match="5 training clips are too few for 8 processes"):
+        settings("--model", CNN, data=Fake("csv", "multi-label", 5))
 
 
 def test_a_finished_run_stays_finished(teacher, multi, tmp_path, monkeypatch):
