@@ -15,13 +15,10 @@ in JSON are in [0, 1].
 """
 
 import argparse
-import json
 import math
 import os
 import pathlib
-import re
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.patches import Rectangle
@@ -45,20 +42,17 @@ FRAME_MS = 10
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 
-def parse(items, folders=False):
-    """Arguments [LABEL=]PATH -> [(label or "", path)] of checkpoints, a run's folder standing for its best.pt; or of runs'
-    `folders`, a checkpoint standing for its run. FileNotFoundError for a path that is not there."""
+def parse(items, file="best.pt"):
+    """Arguments [LABEL=]PATH -> [(label or "", path)]: checkpoints, a run's folder standing for its best.pt; or another `file`
+    of each run, of which a checkpoint names the folder. FileNotFoundError for a path that is not there."""
     found = []
     for item in items:
         label, _, path = item.partition("=") if "=" in item and not os.path.exists(item) else ("", "", item)
         path = pathlib.Path(path)
-        if folders:
-            path = path.parent if path.is_file() else path
-        elif path.is_dir():
-            path = path / "best.pt"
-        if not (path / "log.jsonl" if folders else path).is_file():
-            what = "run (no log.jsonl)" if folders else "checkpoint"
-            raise FileNotFoundError(f"no {what} at {path}: give the folder of a run, as training wrote it")
+        if path.is_dir() or file != "best.pt":
+            path = (path if path.is_dir() else path.parent) / file
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no {path}: give a checkpoint, or a run's folder as training wrote it")
         found.append((label, path))
     return found
 
@@ -66,12 +60,12 @@ def parse(items, folders=False):
 def labels_of(items, pool=True):
     """The labels of what `parse` found: by default the run's name, to `pool` without fold and seed; with the folders before
     it that differ, and with the checkpoint's name where one run has several here."""
-    runs = [os.path.abspath(path if path.is_dir() else path.parent) for _, path in items]
+    runs = [os.path.abspath(path.parent) for _, path in items]
     several = len(set(runs)) < len({path for _, path in items})
     common, labels = os.path.commonpath([os.path.dirname(run) for run in runs]), []
     for (label, path), run in zip(items, runs):
-        name = os.path.relpath(run, common) + f" {path.stem}" * several
-        labels.append(label or (re.sub(r"(-fold\d+)?(-s\d+)?(?= |$)", "", name) if pool else name))
+        name = os.path.relpath(run, common)
+        labels.append(label or (evaluate.setting(name) if pool else name) + f" {path.stem}" * several)
     return labels
 
 
@@ -82,8 +76,15 @@ def score(model, meta, data, device, label, disturb=None):
 
 
 def pooled(labels, rows):
-    """{label: its rows (n, ...)}, in the order of the labels"""
-    return {name: np.array([r for label, r in zip(labels, rows) if label == name]) for name in dict.fromkeys(labels)}
+    """{label: its rows (n, m)}, in the order of the labels. A checkpoint has (m,), or (seeds, m), which it keeps where it is
+    alone and of which several of a label give their means; cut to the m that all of them have."""
+    found = {}
+    for label, r in zip(labels, rows):
+        found.setdefault(label, []).append(np.atleast_2d(r))
+    for label, own in found.items():
+        own = [r[:, : min(v.shape[1] for v in own)] for r in own]
+        found[label] = own[0] if len(own) == 1 else np.array([r.mean(0) for r in own])
+    return found
 
 
 def spread(rows):
@@ -106,30 +107,28 @@ def print_table(header, rows):
     print()
 
 
-def figure(rows, columns, width, height):
-    """evaluate.figure in the style of this file"""
-    matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3, "pdf.fonttype": 42})
-    return evaluate.figure((width, height), rows, columns)
-
-
-def draw(ax, i, x, rows, label, taught):
-    """Line i: the mean of rows (n, len(x)) and a band of their deviation -> the mean"""
-    mean, deviation = spread(rows)
-    ax.plot(x, mean, "-o" if taught else "--o", color=f"C{i}", ms=3.5, label=label)
-    ax.fill_between(x, mean - deviation, mean + deviation, color=f"C{i}", alpha=0.2, lw=0)
-    return mean
+def draw(entries, panels):
+    """A panel for each (values of an entry, x, settings of its axes): the mean of each label's entries {"label", "taught", ...}
+    and a band of their deviation -> figure, [(axes, {label: rows})]"""
+    labels, taught, found = [e["label"] for e in entries], {e["label"]: e["taught"] for e in entries}, []
+    rows = 1 + (len(panels) > 3)
+    columns = math.ceil(len(panels) / rows)
+    fig, axes = evaluate.figure(3.7 * columns, 3.2 * rows, rows, columns, grid="both")
+    for ax, (values, x, settings) in zip(axes, panels):
+        found.append((ax, pooled(labels, [values(e) for e in entries])))
+        for i, (label, lines) in enumerate(found[-1][1].items()):
+            mean, deviation = spread(lines)
+            at = x[: len(mean)]
+            ax.plot(at, mean, "-o" if taught[label] else "--o", color=f"C{i}", ms=3.5, label=label)
+            ax.fill_between(at, mean - deviation, mean + deviation, color=f"C{i}", alpha=0.2, lw=0)
+        ax.set(**settings)
+    return fig, found
 
 
 def save(name, content, fig, out):
-    """Write NAME.json, NAME.png and NAME.pdf, the figure with its legend below, and print where."""
-    handles, labels = fig.axes[0].get_legend_handles_labels()
-    if labels:
-        fits = int(14 * fig.get_figwidth() / (max(map(len, labels)) + 6))  # 14 letters an inch, 6 for the line
-        columns = math.ceil(len(labels) / math.ceil(len(labels) / max(1, fits)))
-        fig.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
+    """Write NAME.json, NAME.png and NAME.pdf, and print where."""
     dataset.write_json(out / f"{name}.json", content)
-    for kind in ("png", "pdf"):
-        dataset.atomic_write(out / f"{name}.{kind}", lambda p: fig.savefig(p, dpi=200))
+    evaluate.save_figure(fig, out / f"{name}.png", out / f"{name}.pdf", dpi=200)
     print(f"wrote {out / name}.json, .png and .pdf")
 
 
@@ -182,40 +181,31 @@ def robustness(args, device):
     """Drop of the score by disturbance and level. The deviation is over seeds of the disturbance; where several
     checkpoints have one label, over them, each the mean of its seeds."""
     items = parse(args.ckpt)
-    results, lines, content = [drops(path, args, device) for _, path in items], {}, {}
+    found, panels = [drops(path, args, device) for _, path in items], []
     if dataset.rank():
         return
-    labels = labels_of(items)
-    for label, (_, path), r in zip(labels, items, results):
-        content[str(path)] = {"label": label, **r}
-        mine = [s for other, s in zip(labels, results) if other == label]
-        lines[label] = r
-        if len(mine) > 1:
-            means = {kind: np.array([s["drop"][kind].mean(0) for s in mine]) for kind in args.disturb}  # (n, levels)
-            lines[label] = r | {"clean": float(np.mean([s["clean"] for s in mine])), "drop": means}
-    content |= {label: {"label": label, **r} for label, r in lines.items() if labels.count(label) > 1}
-    for entry in content.values():
-        by_level = {k: zip(LEVELS[k][0], *map(np.ndarray.tolist, spread(rows))) for k, rows in entry["drop"].items()}
-        entry["drop"] = {k: {str(v): {"mean": m, "deviation": s} for v, m, s in by_level[k]} for k in by_level}
-    draw_robustness(lines, args.disturb, content, args.out)
+    labels, what = labels_of(items), " or ".join(sorted({r["score"] for r in found}))
+    entries = [{"label": label} | r for label, r in zip(labels, found)]
+    clean = {label: rows.mean() for label, rows in pooled(labels, [[e["clean"]] for e in entries]).items()}
+    for kind in args.disturb:
+        levels, unit = LEVELS[kind]
+        names = {"title": f"Random {kind}", "xlabel": unit, "ylabel": f"drop of {what} (%)"}
+        panels.append((lambda e, kind=kind: e["drop"][kind], levels, names | {"xticks": levels, "xticklabels": levels}))
+    fig, drawn = draw(entries, panels)
+    for kind, (_, lines) in zip(args.disturb, drawn):
+        header = [f"drop of {what} (%) by {LEVELS[kind][1]}", "clean", *LEVELS[kind][0]]
+        print_table(header, [[label, f"{100 * clean[label]:.1f}", *cells(rows)] for label, rows in lines.items()])
+    content = {str(path): e | {"drop": by_level(e["drop"])} for (_, path), e in zip(items, entries)}
+    for e in [e for e in entries if labels.count(e["label"]) > 1]:
+        drop = {kind: lines[e["label"]] for kind, (_, lines) in zip(args.disturb, drawn)}
+        content[e["label"]] = e | {"clean": clean[e["label"]], "drop": by_level(drop)}
+    save("robustness", content, fig, args.out)
 
 
-def draw_robustness(lines, kinds, content, out):
-    """The tables and the figure, a panel for each disturbance"""
-    few = len(kinds) < 3
-    fig, axes = figure(1 if few else 2, len(kinds) if few else 2, 3.7 * min(2, len(kinds)), 3.4 if few else 5.8)
-    what = " or ".join(sorted({r["score"] for r in lines.values()}))
-    for ax, kind in zip(axes, kinds):
-        (levels, unit), rows = LEVELS[kind], []
-        for i, (label, r) in enumerate(lines.items()):
-            draw(ax, i, levels, r["drop"][kind], label, r["taught"])
-            rows.append([label, f"{100 * r['clean']:.1f}", *cells(r["drop"][kind])])
-        print_table([f"drop of {what} (%) by {unit}", "clean", *levels], rows)
-        ax.set(title=f"Random {kind}", xlabel=unit, ylabel=f"drop of {what} (%)")
-        ax.set_xticks(levels, map(str, levels))
-    for ax in axes[len(kinds) :]:
-        ax.set_axis_off()
-    save("robustness", content, fig, out)
+def by_level(drop):
+    """{disturbance: (n, levels)} -> {disturbance: {level: its mean and deviation}}, as JSON holds it"""
+    found = {kind: zip(LEVELS[kind][0], *map(np.ndarray.tolist, spread(rows))) for kind, rows in drop.items()}
+    return {kind: {str(v): {"mean": m, "deviation": s} for v, m, s in levels} for kind, levels in found.items()}
 
 
 # ------------------------------------------------------------------------------------------------ similarity, Table 6
@@ -287,7 +277,7 @@ def similarity(args, device):
 def draw_matrices(matrices, names, taught):
     """Heat maps with their numbers, those of a student and its teacher, taught (n, n), in a box"""
     n = len(names)
-    fig, axes = figure(1, 2, 3.5 + 1.3 * n, 1.8 + 0.6 * n)
+    fig, axes = evaluate.figure(3.5 + 1.3 * n, 1.8 + 0.6 * n, 1, 2)
     titles = "Prediction correlation (Pearson's r)", f"SVCCA ({VARIANCE:.0%} of the variance)"
     for ax, title, matrix in zip(axes, titles, matrices.values()):
         low = matrix.min()
@@ -300,7 +290,6 @@ def draw_matrices(matrices, names, taught):
         ax.set(title=title, xticks=range(n), yticks=range(n))
         ax.set_xticklabels(names, rotation=30, ha="right", rotation_mode="anchor")
         ax.set_yticklabels(names if ax is axes[0] else [])
-        ax.grid(False)
     return fig
 
 
@@ -339,39 +328,27 @@ def attention_distance(model, meta, data, device, label):
 
 def attention(args, device):
     """Mean attention distance of ASTs by layer"""
-    items, content, taught = parse(args.ckpt), {}, {}
-    labels = labels_of(items)
-    for label, (_, path) in zip(labels, items):
+    items, entries, panels = parse(args.ckpt), [], []
+    for label, (_, path) in zip(labels_of(items), items):
         model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
         if models.family(meta["model"]["name"]) != "ast":
             raise ValueError(f"{path} is a {meta['model']['name']}, and attention distance is an AST's: give ASTs only")
         t, f = attention_distance(model, meta, data, device, str(path)).T
-        patches = {"label": label, "time_patches": t.tolist(), "frequency_patches": f.tolist()}
-        content[str(path)] = patches | {"time_ms": (STRIDE * FRAME_MS * t).tolist(), "mel_bins": (STRIDE * f).tolist()}
-        taught[label] = bool(meta.get("teachers"))
-    fig, axes = figure(1, 2, 7.4, 3.4)
-    for ax, key, title, unit in zip(axes, ("mel_bins", "time_ms"), ("Frequency", "Time"), ("mel bins", "ms")):
-        lines = []
-        for i, (label, rows) in enumerate(pooled(labels, [content[str(path)][key] for _, path in items]).items()):
-            x = range(1, rows.shape[1] + 1)
-            lines.append([label, *(f"{v:.1f}" for v in draw(ax, i, x, rows, label, taught[label]))])
-        print_table([f"attention distance in {title.lower()} ({unit}), layer", *x], lines)
-        ax.set(title=title, xlabel="layer", ylabel=f"mean attention distance ({unit})", xticks=x)
-    save("attention", content, fig, args.out)
+        entries.append({"label": label, "taught": bool(meta.get("teachers"))})
+        entries[-1] |= {"time_patches": t.tolist(), "frequency_patches": f.tolist()}
+        entries[-1] |= {"time_ms": (STRIDE * FRAME_MS * t).tolist(), "mel_bins": (STRIDE * f).tolist()}
+    x, kinds = range(1, len(t) + 1), (("mel_bins", "Frequency", "mel bins"), ("time_ms", "Time", "ms"))
+    for key, title, unit in kinds:
+        names = {"title": title, "xlabel": "layer", "ylabel": f"mean attention distance ({unit})", "xticks": x}
+        panels.append((lambda e, key=key: e[key], x, names))
+    fig, drawn = draw(entries, panels)
+    for (_, lines), (_, title, unit) in zip(drawn, kinds):
+        header = [f"attention distance in {title.lower()} ({unit}), layer", *x]
+        print_table(header, [[label, *cells(rows)] for label, rows in lines.items()])
+    save("attention", {str(path): e for (_, path), e in zip(items, entries)}, fig, args.out)
 
 
 # ------------------------------------------------------------------------------------------ learning curves, Figure 3
-
-
-def read_run(run, label):
-    """What curves draws of a run, from its log.jsonl and args.json; the loss is the one against the labels, Loss_g."""
-    try:
-        log = [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
-        loss, val = [e.get("loss_g", e["loss"]) for e in log], [e["val_score"] for e in log if "val_score" in e]
-    except (ValueError, KeyError, TypeError) as e:
-        raise ValueError(f"{run / 'log.jsonl'} is damaged: leave this run out, or train it again") from e
-    taught = bool(dataset.read_json(run / "args.json").get("teacher"))
-    return {"label": label, "taught": taught, "loss": loss, "val": val}
 
 
 def thinned(data, n):
@@ -385,119 +362,100 @@ def thinned(data, n):
 def score_epochs(run, entry, args, device, keep):
     """Score ep-NN.pt on train and --split into entry["scores"] {epoch: {"modified", "train", split}}, where they are not
     there yet; keep() after each. The training clips are as many as those of --split, without augmentation."""
-    data = {}
+    splits = {}
     for epoch, known in entry["scores"].items():
         path = run / f"ep-{epoch:>02}.pt"
-        if path.exists() and known.get("modified") != path.stat().st_mtime:
-            known.clear()  # new, or of a run that was made again
-        missing = [split for split in (args.split, "train") if split not in known]
-        if not missing:
+        if {"train", args.split} <= known.keys() and (not path.exists() or known["modified"] == path.stat().st_mtime):
             continue
-        model, meta, data[args.split] = evaluate.open_checkpoint(path, args.split, args.data, device)
-        if "train" not in data:
+        model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
+        if not splits:
             train = "train-balanced" if meta["args"].get("recipe") == "audioset-bal" else "train"
-            data["train"] = thinned(evaluate.open_for(meta, train, args.data), len(data[args.split]))
-            print(f"{run}: scored on {len(data[args.split])} clips of {args.split} and {len(data['train'])} of {train}")
-        for split in missing:
-            label = f"{run}, epoch {epoch} of {len(entry['scores'])}, {split}"
-            known[split] = score(model, meta, data[split], device, label)
+            splits = {args.split: data, "train": thinned(evaluate.open_for(meta, train, args.data), len(data))}
+            print(f"{run}: scored on {len(data)} clips of {args.split} and {len(splits['train'])} of {train}")
+        known.clear()
+        for split, data in splits.items():
+            known[split] = score(model, meta, data, device, f"{run}, epoch {epoch} of {len(entry['scores'])}, {split}")
         known["modified"] = path.stat().st_mtime
         keep()
 
 
 def curves(args, device):
-    """Training loss, and train and eval score by epoch; without ep-NN.pt the validation score of the log instead. The best
-    epoch of each mean is starred. curves.json keeps the scores for a rerun."""
-    items, path = parse(args.ckpt, folders=True), args.out / "curves.json"
-    old = dataset.read_json(path) if path.exists() else {}
-    content, pruned = {}, []
-    for label, (_, run) in zip(labels_of(items), items):
-        entry = content[str(run)] = read_run(run, label)
-        entry["data"] = args.data and str(args.data.resolve())
-        before = old.get(str(run), {})
-        scores = before.get("scores", {}) if before.get("data") == entry["data"] else {}
-        entry["scores"] = {str(e): scores.get(str(e), {}) for e in range(1, len(entry["loss"]) + 1)}
-        for epoch, known in entry["scores"].items():
-            if not (run / f"ep-{epoch:>02}.pt").exists() and not {"train", args.split} <= known.keys():
-                pruned.append(run)
+    """Training loss (the one against the labels, Loss_g), and train and eval score by epoch; without ep-NN.pt the validation
+    score of the log instead. The best epoch of each mean is starred. curves.json keeps the scores for a rerun."""
+    items, path = parse(args.ckpt, "log.jsonl"), args.out / "curves.json"
+    old, data = dataset.read_json(path) if path.exists() else {}, args.data and str(args.data.resolve())
+    content, pruned = {}, None
+    for label, run in zip(labels_of(items), [path.parent for _, path in items]):
+        log, before = evaluate.read_log(run, "loss", "loss_g", "loss_d", "val_score"), old.get(str(run), {})
+        scores = before.get("scores", {}) if before.get("data") == data else {}
+        scores = {str(e): scores.get(str(e), {}) for e in range(1, len(log["loss"]) + 1)}
+        content[str(run)] = {"label": label, "taught": "loss_d" in log, "loss": log.get("loss_g", log["loss"])}
+        content[str(run)] |= {"val": log.get("val_score", []), "data": data, "scores": scores}
+        if any({"train", args.split} - scores[e].keys() and not (run / f"ep-{e:>02}.pt").exists() for e in scores):
+            pruned = pruned or run
     panels = {"training loss": lambda c: c["loss"]}
     if not pruned:
-        for _, run in items:
-            score_epochs(run, content[str(run)], args, device, lambda: dataset.write_json(path, content))
+        for run, entry in content.items():
+            score_epochs(pathlib.Path(run), entry, args, device, lambda: dataset.write_json(path, content))
         for split in ("train", args.split):
             panels[f"{split} score (%)"] = lambda c, s=split: [100 * known[s] for known in c["scores"].values()]
     else:
-        print(f"{pruned[0]} lacks ep-NN.pt (--keep-epochs keeps them): no score on train and {args.split} by epoch")
+        print(f"{pruned} lacks ep-NN.pt (--keep-epochs keeps them): no score on train and {args.split} by epoch")
         if all(c["val"] for c in content.values()):
             panels["validation score (%)"] = lambda c: [100 * v for v in c["val"]]
-    draw_curves(content, panels, args.out)
-
-
-def draw_curves(content, panels, out):
-    """The table and the figure, a panel for each of {y label: function of a run's entry -> values by epoch}"""
-    taught = {c["label"]: c["taught"] for c in content.values()}
-    fig, axes = figure(1, len(panels), 0.8 + 3 * len(panels), 3.4)
-    header = ["", "runs"]
-    table = {label: [label, sum(c["label"] == label for c in content.values())] for label in taught}
-    for ax, (title, values) in zip(axes, panels.items()):
-        header += [f"{title}: best", "epoch", "last"]
-        for i, label in enumerate(taught):
-            rows = [values(c) for c in content.values() if c["label"] == label]
-            n = min(map(len, rows))  # the epochs that all runs of the label have
-            mean = draw(ax, i, range(1, n + 1), np.array([row[:n] for row in rows]), label, taught[label])
-            best = int(mean.argmin() if "loss" in title else mean.argmax())
-            if "score" in title:
-                ax.plot(best + 1, mean[best], "*", color=f"C{i}", ms=12, mec="k", mew=0.6, zorder=3)
-            table[label] += [f"{mean[best]:.4g}", best + 1, f"{mean[-1]:.4g}"]
-        ax.set(xlabel="epoch", ylabel=title)
+    entries, labels = list(content.values()), [c["label"] for c in content.values()]
+    x, header = range(1, max(len(c["loss"]) for c in entries) + 1), [f"{title}: best" for title in panels]
+    fig, drawn = draw(entries, [(values, x, {"xlabel": "epoch", "ylabel": title}) for title, values in panels.items()])
+    table = {label: [label, labels.count(label)] for label in labels}
+    for ax, lines in drawn:
         ax.xaxis.get_major_locator().set_params(integer=True)
-    limits = [v for ax in axes[1:] for v in ax.get_ylim()]
-    for ax in axes[1:]:  # side by side: the same scale
+        for i, (label, mean) in enumerate((label, rows.mean(0)) for label, rows in lines.items()):
+            best = int(mean.argmin() if ax is fig.axes[0] else mean.argmax())
+            table[label] += [f"{mean[best]:.4g}", best + 1, f"{mean[-1]:.4g}"]
+            if ax is not fig.axes[0]:
+                ax.plot(best + 1, mean[best], "*", color=f"C{i}", ms=12, mec="k", mew=0.6, zorder=3)
+    limits = [v for ax in fig.axes[1:] for v in ax.get_ylim()]
+    for ax in fig.axes[1:]:  # side by side: the same scale
         ax.set_ylim(min(limits), max(limits))
-    print_table(header, list(table.values()))
-    save("curves", content, fig, out)
+    print_table(["", "runs", *(v for title in header for v in (title, "epoch", "last"))], list(table.values()))
+    save("curves", content, fig, args.out)
 
 
 # ------------------------------------------------------------------------------------ teachers over epochs, Figure 2
 
 
-def metrics_of(path, args, device):
-    """metrics-<checkpoint>-<split>.json beside a checkpoint; scored first where it is missing, older, or another folder's"""
-    metrics = path.with_name(f"metrics-{path.stem}-{args.split}.json")
-    data = args.data or dataset.read_json(path.parent / "args.json")["data"]
-    current = metrics.exists() and metrics.stat().st_mtime >= path.stat().st_mtime
-    if not current or os.path.realpath(dataset.read_json(metrics)["data"]) != os.path.realpath(data):
-        evaluate.score_checkpoints([path], args.split, args.data, device)
-    found = dataset.read_json(metrics)
-    return found | {"score": found[evaluate.MAIN_SCORE[found["task"]]]}
+def scored(path, args, device):
+    """-> a checkpoint's main score, its meta"""
+    model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
+    return score(model, meta, data, device, str(path)), meta
 
 
 def teachers(args, device):
     """Student against teacher score over the teacher's epochs; students without a teacher are the dashed baselines."""
     points, baselines = [], {}
     for label, path in parse(args.ckpt):
-        student = metrics_of(path, args, device)
-        known = dataset.read_json(path.parent / "args.json").get("teacher", [])
+        student, meta = scored(path, args, device)
+        name, known = meta["model"]["name"], meta["args"].get("teacher", [])
         if not known:
-            baselines.setdefault(student["model"], []).append(student["score"])
+            baselines.setdefault(name, []).append(student)
             continue
         if len(known) > 1 or not os.path.isfile(known[0]):
             fault = f"{len(known)} teachers" if len(known) > 1 else f"a teacher that is not at {known[0]}"
             raise ValueError(f"{path} has {fault}: give students of one teacher, in the folder of their training")
-        teacher = metrics_of(pathlib.Path(known[0]), args, device)
-        points.append({"label": label or f"{teacher['model']} to {student['model']}", "model": student["model"]})
-        points[-1] |= {"checkpoint": str(path), "student_score": student["score"]}
-        points[-1] |= {"teacher": known[0], "teacher_score": teacher["score"], "teacher_epoch": teacher["epoch"]}
+        teacher, theirs = scored(known[0], args, device)
+        label = label or f"{theirs['model']['name']} to {name}"
+        points.append({"label": label, "model": name, "checkpoint": str(path), "student_score": student})
+        points[-1] |= {"teacher": known[0], "teacher_score": teacher, "teacher_epoch": theirs["epoch"]}
     if not points:
         raise ValueError("none of these checkpoints has a teacher: give students that distill.py trained")
-    what = evaluate.MAIN_SCORE[student["task"]]
+    what = evaluate.MAIN_SCORE[meta["task"]]
     content = {"score": what, "points": points, "no_kd": baselines}
     save("teachers", content, draw_teachers(points, baselines, what), args.out)
 
 
 def draw_teachers(points, baselines, what):
     """The table and the figure; points of one label and one epoch of the teacher are pooled."""
-    fig, (ax,) = figure(1, 1, 4.8, 4.8)
+    fig, (ax,) = evaluate.figure(4.8, 4.8, grid="both")
     table, colors = [], {}
     for i, label in enumerate(dict.fromkeys(p["label"] for p in points)):
         mine = [p for p in points if p["label"] == label]

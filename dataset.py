@@ -10,6 +10,7 @@ import atexit
 import collections
 import concurrent.futures
 import csv
+import errno
 import fcntl
 import functools
 import gc
@@ -134,7 +135,8 @@ def command_line(main):
     except torch.OutOfMemoryError:
         stop("error: the GPU's memory is full: use a smaller --batch-size, or --cache disk where the clips took it")
     except (ValueError, OSError) as e:  # TRACEBACK=1 python ... shows where it came from
-        stop(traceback.format_exc() if os.environ.get("TRACEBACK") else f"error: {e}")
+        way_out = ": free some disk, the same command resumes" if getattr(e, "errno", 0) == errno.ENOSPC else ""
+        stop(traceback.format_exc() if os.environ.get("TRACEBACK") else f"error: {e}{way_out}")
     except Exception:
         if not dist.is_initialized():
             raise

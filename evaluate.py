@@ -14,6 +14,7 @@ label a clip; ensembles go to exp/<name>/ensemble-<run>/. --ckpt also takes the 
 """
 
 import argparse
+import collections
 import itertools
 import json
 import math
@@ -168,21 +169,22 @@ def report_absent(positives, data):
 def score_checkpoints(paths, split, root, device):
     """Score one checkpoint, or the ensemble of several (mean of probabilities); write and print the scores."""
     total, first, start = 0, None, time.time()
-    out, name = (paths[0], "model") if paths[0].is_dir() else (paths[0].parent, paths[0].stem)
+    homes = [p if p.is_dir() else p.parent for p in paths]
+    out, name = homes[0], "model" if paths[0].is_dir() else paths[0].stem
     if len(paths) > 1:
-        runs = dict.fromkeys(re.sub(r"-s\d+$", "", p.absolute().parent.name) for p in paths)
-        out = pathlib.Path(os.path.normpath(paths[0].parent / ".." / ("ensemble-" + "+".join(runs))))
-    for path in paths:
+        runs = dict.fromkeys(re.sub(r"-s\d+$", "", home.absolute().name) for home in homes)
+        out = pathlib.Path(os.path.normpath(out / ".." / ("ensemble-" + "+".join(runs))))
+    for path, home in zip(paths, homes):
         model, meta, data = open_checkpoint(path, split, root, device)
         if not os.access(out if out.exists() else out.parent, os.W_OK):
             raise ValueError(f"{out} is not writable, and the scores go there: copy the checkpoint elsewhere")
-        first = first or meta
-        if (meta["classes"], meta["args"].get("fold")) != (first["classes"], first["args"].get("fold")):
-            raise ValueError(f"{path} and {paths[0]} differ in classes or fold: they cannot be an ensemble")
-        label = f"{path.absolute().parent.name} on {split}"
+        if first is None:
+            first, clips, n_params = meta, (data.classes, data.ids), sum(v.numel() for v in model.parameters())
+        if (data.classes, data.ids) != clips:
+            raise ValueError(f"{path} and {paths[0]} differ in classes or clips: they cannot be an ensemble")
+        label = f"{home.absolute().name} on {split}"
         p, y = predict(model, data, device, meta["mean"], meta["std"], label=label)
         total = total + p / len(paths)
-        n_params = sum(v.numel() for v in model.parameters())
     if rank():
         return
     found = scores(total, y, data.task)
@@ -224,13 +226,26 @@ def print_scores(found, classes, ap, positives):
             title = ""
 
 
-def figure(size, rows=1, columns=1, **options):
-    """A matplotlib figure of this size in inches -> (figure, [axes])"""
+def figure(width, height, rows=1, columns=1, grid=None, **options):
+    """A matplotlib figure of this size in inches, with a grid along 'x', 'y' or 'both' -> (figure, [axes])"""
     import matplotlib.figure
 
-    matplotlib.rcParams["text.parse_math"] = False  # a $ in a class name is a $
-    fig = matplotlib.figure.Figure(size, layout="constrained")
+    style = {"axes.grid": bool(grid), "axes.grid.axis": grid or "both", "grid.alpha": 0.3, "pdf.fonttype": 42}
+    matplotlib.rcParams.update(style | {"font.size": 9, "text.parse_math": False})  # a $ in a class name is a $
+    fig = matplotlib.figure.Figure((width, height), layout="constrained")
     return fig, list(fig.subplots(rows, columns, squeeze=False, **options).flat)
+
+
+def save_figure(fig, *paths, dpi=130):
+    """Write a figure; the legend, if its lines have labels, in room of its own below it."""
+    handles, labels = fig.axes[0].get_legend_handles_labels()
+    if labels:
+        fits = max(1, int(14 * fig.get_figwidth() / (max(map(len, labels)) + 6)))  # 14 letters an inch, 6 for the line
+        rows = math.ceil(len(labels) / fits)
+        fig.set_figheight(fig.get_figheight() + 0.19 * rows)
+        fig.legend(handles, labels, loc="outside lower center", ncols=math.ceil(len(labels) / rows), frameon=False)
+    for path in paths:  # a canvas of 2^16 dots is matplotlib's limit
+        dataset.atomic_write(path, lambda p: fig.savefig(p, dpi=min(dpi, 8000 / max(fig.get_size_inches()))))
 
 
 def draw_classes(path, classes, ap, positives):
@@ -238,22 +253,21 @@ def draw_classes(path, classes, ap, positives):
     order = sorted(np.flatnonzero(positives), key=lambda c: -ap[c])
     columns = max(1, math.ceil(len(order) / 100))
     rows = math.ceil(len(order) / columns)
-    fig, axes = figure((1 + 4.5 * columns, 1 + 0.16 * rows), 1, columns)
+    fig, axes = figure(1 + 4.5 * columns, 1 + 0.16 * rows, 1, columns, grid="x")
     for ax, at in zip(axes, range(0, len(order), max(1, rows))):
         part = order[at : at + rows]
         ax.barh(range(len(part)), [100 * ap[c] for c in part], height=0.7)
         ax.set_yticks(range(len(part)), [f"{short(classes[c])} ({positives[c]})" for c in part], fontsize=7)
         ax.set(xlim=(0, 100), ylim=(rows - 0.5, -0.5), xlabel="AP (%)")
-        ax.grid(axis="x", alpha=0.3)
     fig.suptitle(f"mean {100 * np.nanmean(ap):.1f} %, in brackets the clips of a class", fontsize=9)
-    dataset.atomic_write(path, lambda p: fig.savefig(p, dpi=130))
+    save_figure(fig, path)
 
 
 def draw_confusion(path, classes, true, predicted):
     """What the clips of a class (a row, in shares of it) were taken for; where there is room, with their number."""
     C = len(classes)
-    counts, size = confusion_matrix(true, predicted, labels=np.arange(C)), 3 + 0.18 * C
-    fig, (ax,) = figure((size, size))
+    counts = confusion_matrix(true, predicted, labels=np.arange(C))
+    fig, (ax,) = figure(3 + 0.18 * C, 3 + 0.18 * C)
     ax.imshow(counts / counts.sum(1, keepdims=True).clip(1), cmap="Blues", vmin=0, vmax=1)
     names = [short(name) for name in classes]
     ax.set_xticks(range(C), names, fontsize=7, rotation=90)
@@ -262,7 +276,7 @@ def draw_confusion(path, classes, true, predicted):
     for i, j in np.argwhere(counts) if C <= 50 else []:
         dark = counts[i, j] > counts[i].sum() / 2
         ax.text(j, i, counts[i, j], ha="center", va="center", fontsize=6, color="white" if dark else "black")
-    dataset.atomic_write(path, lambda p: fig.savefig(p, dpi=min(130, 8000 / size)))
+    save_figure(fig, path)
 
 
 # ------------------------------------------------------------------------------------------------ weight averaging
@@ -288,15 +302,12 @@ def running_means(paths):
 
 def average_weights(paths):
     """The mean of the weights in these checkpoint files -> state dict; see running_means"""
-    mean = None
-    for mean in running_means(paths):
-        pass
-    if mean is None:
+    if not paths:
         raise ValueError("no files to average")
-    return mean
+    return collections.deque(running_means(paths), maxlen=1).pop()
 
 
-def average_run(run, device, keep_epochs=False):
+def average_run(run, device, keep_epochs=False, root=None):
     """Write run/wa.pt by its recipe's protocol (Section 4.6): epochs s..last, s chosen on validation or by the table.
 
     The search scores every running mean, from the last epoch to the first. Prunes ep-*.pt unless told to keep them.
@@ -314,7 +325,7 @@ def average_run(run, device, keep_epochs=False):
             raise ValueError(f"{run} lacks some of ep-01.pt to ep-{args['epochs']:02d}.pt: pruned, or never written")
         model, meta = models.load_checkpoint(paths[-1])
         if args["average"] == "val":
-            best, data = None, open_for(meta, "val")
+            best, data = None, open_for(meta, "val", root)
             model.to(device)
             for epoch, mean in zip(range(len(paths), 0, -1), running_means(paths)):
                 model.load_state_dict(mean)
@@ -359,13 +370,20 @@ def mean_and_deviation(results, key, one_seed):
     return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(several):.1f}" if len(several) > 1 else "")
 
 
+def setting(run):
+    """The name of a run, or of an ensemble of them, without folds and seeds"""
+    return re.sub(r"(-fold\d+)?(-s\d+)?(?=\+|$)", "", run)
+
+
 def read_results(folder):
     """{setting: {checkpoint: [metrics]}} of an experiment; an ensemble stands in the line of its setting."""
     settings, facts = {}, ("task", "model", "params", "teachers", "clips", "seed", "fold")
     for path in sorted(folder.glob("*/metrics-*-eval.json")):
-        run = re.sub(r"(-fold\d+)?(-s\d+)?$", "", path.parent.name)
+        run = setting(path.parent.name)
         name = path.stem.removeprefix("metrics-").removesuffix("-eval")
         if run.startswith("ensemble-"):
+            if name != "wa" and path.with_name("metrics-wa-eval.json").exists():
+                continue  # the ensemble of the averaged weights counts
             run, name = run.removeprefix("ensemble-"), "ensemble"
         settings.setdefault(run, {}).setdefault(name, []).append(dataset.read_json(path, *facts))
     if not settings:
@@ -403,30 +421,32 @@ def summary(folder):
     text = f"{folder.name}, {what}; in percent, mean ± standard deviation over {over}\n\n" + "\n".join(rows) + "\n"
     dataset.atomic_write(folder / "summary.md", lambda p: p.write_text(text, encoding="utf-8"))
     print(text)
-    drawn = draw_curves(folder, main)
+    drawn = draw_curves(folder, f"val_{main}")
     print(f"wrote {folder / 'summary.md'}" + (f" and {drawn}" if drawn else ""))
+
+
+def read_log(run, *keys):
+    """{key: its values by epoch} of a run's log.jsonl, for those of the keys that its first epoch has"""
+    path = run / "log.jsonl"
+    try:
+        log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        return {k: [e[k] for e in log] for k in keys if k in log[0]}
+    except (IndexError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is damaged: leave this run out (remove the file), or train it again") from e
 
 
 def draw_curves(folder, score):
     """summary.png: this score on validation, of every run by epoch, with and without KD (as Figure 3)."""
-    curves = {}
-    for path in sorted(folder.glob("*/log.jsonl")):
-        try:
-            log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-            if log and f"val_{score}" in log[0]:
-                curves[path.parent.name] = [100 * e[f"val_{score}"] for e in log]
-        except (ValueError, KeyError, TypeError) as e:
-            raise ValueError(f"{path} is damaged: remove it, the same table is made without its curve") from e
-    if not curves:
-        return None
-    fig, (ax,) = figure((7, 4.2))
-    for name, values in curves.items():
-        ax.plot(range(1, len(values) + 1), values, "-" if "-from-" in name else "--", label=name)
-    ax.set(xlabel="epoch", ylabel=f"validation {score} (%)")
-    ax.grid(alpha=0.3)
-    ax.legend(fontsize=8)
-    dataset.atomic_write(folder / "summary.png", lambda p: fig.savefig(p, dpi=130))
-    return folder / "summary.png"
+    logs = {path.parent.name: read_log(path.parent, score, "loss_d") for path in sorted(folder.glob("*/log.jsonl"))}
+    logs = {name: log for name, log in logs.items() if score in log}
+    fig, (ax,) = figure(7, 4.2, grid="both")
+    for name, log in logs.items():
+        values = [100 * v for v in log[score]]
+        ax.plot(range(1, len(values) + 1), values, "-o" if "loss_d" in log else "--o", ms=3, label=name)
+    ax.set(xlabel="epoch", ylabel=f"validation {score.removeprefix('val_')} (%)")
+    if logs:
+        save_figure(fig, folder / "summary.png")
+    return logs and folder / "summary.png"
 
 
 # ------------------------------------------------------------------------------------------------------------ tags
@@ -528,8 +548,10 @@ def tag_file(path, loaded, window, hop, device, bar, frames, embed):
         spans.append((start, end))
         found.append(p)
         step = model.backbone.feature_info[-1]["reduction"] / 100 if frames else None  # s
-        for i, q in enumerate(probabilities(logits[0], meta["task"]).cpu().numpy() if frames else []):
-            since, till = max(start + i * step, tags[-1][1] if tags else 0), min(start + (i + 1) * step, end)
+        columns = probabilities(logits[0], meta["task"]).cpu().numpy() if frames else []
+        for i, q in enumerate(columns):
+            since = max(start + i * step, tags[-1][1] if tags else 0)
+            till = end if i + 1 == len(columns) else start + (i + 1) * step  # DenseNet drops a part of one
             if till - since > 0.005:  # the next window begins before this one ends
                 tags.append((since, till, q))
         bar.update()
@@ -599,7 +621,7 @@ def draw_tags(out, path, chosen, classes, tags):
     for _, samples in stream_audio(path, 10, 10):  # one tensor: many small ones fragment the heap
         mel = torch.cat([mel, prep_data.fbank(samples)[::every]])
     height = 0.6 + 0.24 * len(chosen)
-    fig, (top, low) = figure((9, 3 + height), 2, sharex=True, height_ratios=(2.4, height))
+    fig, (top, low) = figure(9, 3 + height, 2, sharex=True, height_ratios=(2.4, height))
     top.imshow(mel.T.numpy(), origin="lower", aspect="auto", extent=(0, seconds, 0, dataset.N_MELS), cmap="magma")
     top.set(ylabel="mel bin", title=pathlib.Path(path).name)
     edges = [start for start, _, _ in tags] + [seconds]
@@ -608,7 +630,7 @@ def draw_tags(out, path, chosen, classes, tags):
     low.set_yticks(np.arange(len(chosen)) + 0.5, [short(classes[c]) for c in chosen], fontsize=8)
     low.set(xlabel="time (s)", ylim=(len(chosen), 0), xlim=(0, seconds))
     fig.colorbar(drawn, ax=low, label="probability")
-    dataset.atomic_write(out, lambda p: fig.savefig(p, dpi=130))
+    save_figure(fig, out)
 
 
 # ---------------------------------------------------------------------------------------------------------- export
@@ -724,7 +746,7 @@ def main():
     elif not (a.average / "args.json").is_file():
         raise FileNotFoundError(f"--average {a.average}: no run here (args.json is missing)")
     else:
-        average_run(a.average, device, a.keep_epochs)
+        average_run(a.average, device, a.keep_epochs, a.data)
 
 
 if __name__ == "__main__":

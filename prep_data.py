@@ -14,7 +14,6 @@ import argparse
 import collections
 import concurrent.futures
 import csv
-import errno
 import functools
 import hashlib
 import http.client
@@ -53,10 +52,9 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 TIMEOUT, WAITS = 60, (1, 2, 4, 8, 16)  # s: of a silent connection, and before the next attempt while nothing new comes
 AGAIN = "run the same command again, it resumes the download, or give --root a copy of the data"
 NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
-# place, clips, top folder of the archives, GB of archives, GB while unpacking, GB of audio (computed or estimated, not measured)
-DOWNLOADS = {
-    "esc50": ("https://github.com/karolpiczak/ESC-50/archive/", 2000, "ESC-50-master", 0.6, 1.5, 0.9),
-    "fsd50k": ("https://zenodo.org/records/4060432/files/", 51197, None, 24.7, 43.9, 34.4),
+DOWNLOADS = {  # place, top folder of the archives, GB of archives, GB of disk in all (computed or estimated, not measured)
+    "esc50": ("https://github.com/karolpiczak/ESC-50/archive/", "ESC-50-master", 0.6, 1.5),
+    "fsd50k": ("https://zenodo.org/records/4060432/files/", None, 24.7, 47.5),
 }
 ARCHIVES = {  # {data set: {archive: {ending of a part: MD5}}}; GitHub makes its archive anew
     "esc50": {"master": {"zip": None}},
@@ -150,10 +148,9 @@ def open_audio(path, member=None):
             path = io.BytesIO(f.read(member[2]))
     elif not os.path.exists(path):
         raise FileNotFoundError("no such file")
-    try:
-        f = soundfile.SoundFile(path)
-    except TypeError as e:  # of a .raw file
-        raise ValueError("audio without a header: convert it to WAV") from e
+    if str(path).lower().endswith(".raw"):
+        raise ValueError("audio without a header: convert it to WAV")
+    f = soundfile.SoundFile(path)
     if not 1000 <= f.samplerate <= 768000:
         raise ValueError(f"a sample rate of {f.samplerate} Hz")
     return f
@@ -204,9 +201,8 @@ def read_table(path, columns, numbers=()):
     rows = read_rows(path)
     names = [name.strip() for name in next(rows, (1, []))[1]]
     for column in columns:
-        if names.count(column) != 1:
-            many = "two columns" if column in names else "no column"
-            raise ValueError(f"{path} has {many} '{column}': its first line must name {', '.join(columns)}, each once")
+        if (n := names.count(column)) != 1:
+            raise ValueError(f"{path} has {n or 'no'} column '{column}': its first line must name {', '.join(columns)}")
     for line, row in rows:
         if len(row) != len(names):
             raise ValueError(f"{path} line {line} does not have the {len(names)} cells of the first line")
@@ -285,8 +281,7 @@ def audio_below(root):
 
     Archives are listed from their headers. Of one that was cut short the whole files are used, and that is printed.
     """
-    walk = os.walk(root, followlinks=True)  # of several disks
-    files = sorted(os.path.join(folder, name) for folder, _, names in walk for name in names)
+    files = sorted(os.path.join(at, name) for at, _, names in os.walk(root, followlinks=True) for name in names)
     yield from ((path, None) for path in files if path.lower().endswith(AUDIO))
     tars = [path for path in files if path.lower().endswith(".tar")]
     with tqdm(desc=f"listing {len(tars)} tar files", unit="file", disable=not tars) as bar:
@@ -347,9 +342,8 @@ def own_table(table):
         empty = [r["line"] for r, c in zip(rows, clips) if getattr(c, column) == ""]
         if 0 < len(empty) < len(clips):
             raise ValueError(f"{table} line {empty[0]}: no {column}, though other lines have one")
-    if clips[0].split == "" and clips[0].fold == "":
-        clips = make_split(clips, len(index), table)
-    return [("", name) for name in index], clips
+    given = (clips[0].split, clips[0].fold) != ("", "")
+    return [("", name) for name in index], clips if given else make_split(clips, len(index), table)
 
 
 def make_split(clips, n_classes, source, seed=0):
@@ -432,11 +426,6 @@ DATASETS = {  # facts: seconds kept of a clip, task, how to list the clips
     "audioset": (10, "multi-label", audioset),
     "csv": (10, None, lambda root: class_folders(root) if root.is_dir() else own_table(root)),
 }
-NEEDED = {  # where nothing can be downloaded
-    "csv": "a table, or a folder of class-named folders",
-    "audioset": "a folder with {balanced_train,unbalanced_train,eval}_segments.csv and class_labels_indices.csv, and anywhere "
-    "below it the audio (it cannot be downloaded), files or tars of files named by id: ID.wav, YID.wav, ID_30_40.flac",
-}
 
 
 # ----------------------------------------------------------------------------------------------------------- downloads
@@ -511,38 +500,29 @@ def unpack(parts, root, top):
     temporary.unlink(missing_ok=True)
 
 
-def download(source, root, seconds):
+def download(source, root):
     """Download a data set from its official place, unpack it into root and remove the archives; what is done is kept.
 
     NAME.part is a part of an archive, NAME a whole and verified one; ARCHIVE.unpacked marks that it is done.
     """
-    url, n_clips, top, gb, gb_unpacking, gb_audio = DOWNLOADS[source]
-    root.mkdir(parents=True, exist_ok=True)
+    url, top, gb, gb_in_all = DOWNLOADS[source]
     if not any(root.iterdir()):
-        free, prepared = shutil.disk_usage(root).free / 1e9, n_clips * seconds * 100 * N_MELS * 2 / 1e9
-        need = f"{max(gb_unpacking, gb_audio + prepared):.1f} GB of disk in {root}, which has {free:.1f} GB free"
+        free = shutil.disk_usage(root).free / 1e9
+        need = f"{gb_in_all} GB of disk in {root}, which has {free:.1f} GB free"
         print(f"{source}: {gb} GB to download from {url}; unpacked and prepared it needs {need}")
-        if free < max(gb_unpacking, gb_audio + prepared):
+        if free < gb_in_all:
             raise OSError(f"{source} needs {need}: free some, or give --out on a larger disk")
-    dataset.lock(root)
-    try:
-        for archive, sums in ARCHIVES[source].items():
-            parts, mark = [root / f"{archive}.{ending}" for ending in sums], root / f"{archive}.unpacked"
-            if not mark.exists():
-                for part, md5 in zip(parts, sums.values()):
-                    download_file(url + part.name, part, md5)
-                unpack(parts, root, top)
-                os.sync()
-                mark.touch()
-                print(f"{archive} is unpacked into {root}, the archive is removed")
-            for part in parts:
-                part.unlink(missing_ok=True)
-    except OSError as e:
-        if e.errno != errno.ENOSPC:
-            raise
-        raise OSError(f"{root} is full: free some disk, the same command resumes") from e
-    finally:
-        dataset.unlock(root)
+    for archive, sums in ARCHIVES[source].items():
+        parts, mark = [root / f"{archive}.{ending}" for ending in sums], root / f"{archive}.unpacked"
+        if not mark.exists():
+            for part, md5 in zip(parts, sums.values()):
+                download_file(url + part.name, part, md5)
+            unpack(parts, root, top)
+            os.sync()
+            mark.touch()
+            print(f"{archive} is unpacked into {root}, the archive is removed")
+        for part in parts:
+            part.unlink(missing_ok=True)
 
 
 # --------------------------------------------------------------------------------------------------------- preparation
@@ -552,12 +532,10 @@ def check_clips(source, clips, task):
     """The task of a list of clips, given or found; ValueError for a list that cannot be trained on and scored."""
     if not clips:
         raise ValueError(f"{source}: no clips, the tables are empty or no audio was found")
-    ids = collections.Counter(c.id for c in clips)
-    if len(ids) < len(clips):
-        raise ValueError(f"{source}: clip '{max(ids, key=ids.get)}' is listed {max(ids.values())} times")
-    files = collections.Counter(os.path.normpath(c.path) for c in clips)
-    if len(files) < len(clips):
-        raise ValueError(f"{source}: the file {max(files, key=files.get)} is listed twice, under two spellings")
+    for names in ([c.id for c in clips], [os.path.normpath(c.path) for c in clips]):
+        counts = collections.Counter(names)
+        if len(counts) < len(clips):
+            raise ValueError(f"{source}: clip '{max(counts, key=counts.get)}' is listed {max(counts.values())} times")
     if odd := next((c.path for c in clips if re.search("[\ud800-\udfff\r]", c.path)), None):
         raise ValueError(f"the file name {odd!r} is not UTF-8, or has a line break: rename it")
     many = next((c for c in clips if len(c.labels) != 1), None)
@@ -745,18 +723,20 @@ def main():
     if a.check:
         return check(a.check)
     seconds, task, list_clips = DATASETS[a.dataset]
-    seconds, out = a.clip_seconds if a.clip_seconds is not None else seconds, a.out or path("data") / a.dataset
+    seconds, out = seconds if a.clip_seconds is None else a.clip_seconds, a.out or path("data", a.dataset)
     if a.workers is not None and a.workers < 1:
         raise ValueError(f"--workers {a.workers}: give 1 or more")
     if not 0.16 <= seconds <= 3600:
         raise ValueError(f"--clip-seconds {seconds:g} is out of range [0.16, 3600]")
     source = "esc50" if a.dataset == "esc10" else a.dataset  # ESC-10 is a part of ESC-50
-    out = out if out.name else out.absolute()  # of '.'
-    root = a.root or out.with_name(f"{out.name if source == 'demo' else source}-audio")
-    if a.root is None and source in NEEDED:
-        raise ValueError(f"{source} needs --root: {NEEDED[source]}")
+    root = a.root or out.absolute().parent / f"{out.absolute().name if source == 'demo' else source}-audio"
+    if a.root is None and source in ("csv", "audioset"):
+        raise ValueError(f"{source} cannot be downloaded: it needs --root, see --help")
     if a.root is None and source in DOWNLOADS:
-        download(source, root, seconds)
+        root.mkdir(parents=True, exist_ok=True)
+        dataset.lock(root)
+        download(source, root)
+        dataset.unlock(root)
     elif not root.exists() and source != "demo":
         raise FileNotFoundError(f"--root {root} does not exist")
     classes, clips = list_clips(root.absolute())

@@ -1,6 +1,7 @@
 """analyze.py on cases with a known answer, and its command lines on toy runs."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -301,6 +302,12 @@ def test_curves_score_each_epoch_once_and_fall_back_to_the_log(runs, multi, tmp_
     p, y = evaluate.predict(model, dataset.FbankDataset(multi, "eval"), CPU, meta["mean"], meta["std"])
     assert entry["scores"]["2"]["eval"] == pytest.approx(evaluate.scores(p, y, "multi-label")["mAP"])
     assert 0 < entry["scores"]["1"]["train"] <= 1
+    (tmp_path / "both").mkdir()
+    shutil.copy(tmp_path / "curves.json", tmp_path / "both")
+    for out in ("both", "val"):  # of another split, scores of training clips are of another number of them
+        inside("analyze.py", "curves", runs / "cnn-s0", "--split", "val", "--out", tmp_path / out)
+    both, val = (content(tmp_path / out, "curves")[str(runs / "cnn-s0")]["scores"] for out in ("both", "val"))
+    assert both["1"]["train"] == val["1"]["train"] and both["1"]["val"] == val["1"]["val"]
 
     monkeypatch.setattr(analyze, "score", None)  # nothing may be scored again
     assert "lacks" not in inside("analyze.py", "curves", *folders, "--out", tmp_path)
@@ -321,11 +328,15 @@ def test_teachers_by_epoch(runs, tmp_path):
     output = inside("analyze.py", "teachers", *students, "--out", tmp_path)
     found = content(tmp_path, "teachers")
     assert found["score"] == "mAP" and [p["teacher_epoch"] for p in found["points"]] == [1, 2]
+    assert not list(runs.glob("*/metrics-*")), "the scores of runs are evaluate.py's"
     for epoch, point in enumerate(found["points"], 1):
-        teacher = json.loads((runs / "ast-s0" / f"metrics-ep-0{epoch}-eval.json").read_text())
-        student = json.loads((runs / f"cnn-from-ast{epoch}-s0" / "metrics-best-eval.json").read_text())
-        assert point["label"] == f"{AST} to {CNN}" and point["teacher"] == str(runs / "ast-s0" / f"ep-0{epoch}.pt")
-        assert (point["teacher_score"], point["student_score"]) == (teacher["mAP"], student["mAP"])
+        teacher, student = runs / "ast-s0" / f"ep-0{epoch}.pt", runs / f"cnn-from-ast{epoch}-s0" / "best.pt"
+        assert point["label"] == f"{AST} to {CNN}" and point["teacher"] == str(teacher)
+        for path, key in ((teacher, "teacher_score"), (student, "student_score")):
+            inside("evaluate.py", "--ckpt", path)
+            metrics = path.with_name(f"metrics-{path.stem}-eval.json")
+            assert point[key] == json.loads(metrics.read_text())["mAP"]
+            metrics.unlink()
     assert len(found["no_kd"][CNN]) == 1 and f"{CNN} without KD" in output
 
 
@@ -379,8 +390,8 @@ def test_errors_are_one_sentence(runs, folds, tmp_path):
     models.save_checkpoint(other, model, **meta | {"args": meta["args"] | {"fold": 1}})
     assert "differ in classes or clips" in fails("similarity", cnn, other)
     (tmp_path / "empty").mkdir()
-    assert "no checkpoint at" in fails("robustness", tmp_path / "empty")
-    assert "no run (no log.jsonl)" in fails("curves", tmp_path / "empty")
+    assert f"there is no {tmp_path / 'empty' / 'best.pt'}" in fails("robustness", tmp_path / "empty")
+    assert f"there is no {tmp_path / 'empty' / 'log.jsonl'}" in fails("curves", tmp_path / "empty")
     assert "none of these checkpoints has a teacher" in fails("teachers", cnn)
     damaged = tmp_path / "damaged"
     damaged.mkdir()

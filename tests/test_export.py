@@ -1,6 +1,7 @@
 """evaluate.py --export: ONNX against onnxruntime, an AST's folder against transformers; and folders as checkpoints."""
 
 import json
+import shutil
 import types
 
 import numpy as np
@@ -145,6 +146,9 @@ def test_a_foreign_folder_is_scored_tags_and_teaches(foreign, multi, tmp_path):
         assert found["mAP"] == pytest.approx(evaluate.scores(p, y, "multi-label")["mAP"], abs=1e-3)
     assert found["clips"] == len(data) and found["model"] == "ast-tiny"
     assert "give --data" in inside("evaluate.py", "--ckpt", folder)
+    two = [shutil.copytree(folder, tmp_path / "exp" / name) for name in "ab"]
+    inside("evaluate.py", "--ckpt", *two, "--data", multi)
+    assert (tmp_path / "exp" / "ensemble-a+b" / "metrics-model-eval.json").exists()
     soundfile.write(tmp_path / "x.wav", sound(1), 16000)
     assert "noise" in inside("evaluate.py", "--ckpt", folder, "--audio", tmp_path / "x.wav")
     args = types.SimpleNamespace(teacher=[str(folder)], fold=None, no_compile=True)

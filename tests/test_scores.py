@@ -194,8 +194,19 @@ def test_a_checkpoint_is_scored_on_its_own_fold(folds, tmp_path):
     found = written(paths[0].parent)
     assert found["accuracy"] == accuracy_score(y.argmax(1), p.argmax(1)) and found["fold"] == 2 and found["clips"] == 16
     assert inside("evaluate.py", "--ckpt", *paths).startswith(
-        f"error: {paths[1]} and {paths[0]} differ in classes or fold"
+        f"error: {paths[1]} and {paths[0]} differ in classes or clips"
     )
+
+
+def test_an_ensemble_is_of_the_same_clips_and_named_after_its_first(multi, toy, tmp_path):
+    fewer = write_prepared(tmp_path / "fewer", {"train": 12, "eval": 9}, True)
+    paths = [checkpoint(tmp_path / "exp" / "cnn-s0" / "best.pt", multi), tmp_path / "exp" / "ast-s0" / "best.pt"]
+    checkpoint(paths[1], fewer, name=AST)
+    assert "differ in classes or clips: they cannot be an ensemble" in inside("evaluate.py", "--ckpt", *paths)
+    inside("evaluate.py", "--ckpt", *paths, "--data", multi)
+    found = written(tmp_path / "exp" / "ensemble-cnn+ast")
+    one = sum(p.numel() for p in models.load_checkpoint(paths[0])[0].parameters())
+    assert (found["model"], found["params"]) == (CNN, one)
 
 
 def test_other_data_and_other_lengths(multi, toy, tmp_path):
@@ -356,6 +367,14 @@ def test_a_recipe_without_averaging_prunes_only(folds, tmp_path):
     assert left(folder) == ["last.pt"]
 
 
+def test_the_average_is_chosen_on_data_that_moved(multi, tmp_path):
+    shutil.copytree(multi, tmp_path / "data")
+    folder = trained(tmp_path / "run", tmp_path / "data", seed=8)
+    (tmp_path / "data").rename(tmp_path / "moved")
+    assert "is not a prepared folder" in inside("evaluate.py", "--average", folder)
+    assert "are best on val" in inside("evaluate.py", "--average", folder, "--data", tmp_path / "moved")
+
+
 def test_what_cannot_be_averaged(multi, tmp_path):
     folder = trained(tmp_path / "run", multi, average=1)
     (folder / "ep-02.pt").rename(folder / "away.pt")
@@ -440,6 +459,32 @@ def test_summary_over_folds_of_one_seed(tmp_path, capsys):
     assert title.endswith("deviation over folds of the one seed") and "folds 1, 2, 3 (7-9 clips)" in title
     assert list(rows) == ["cnn"] and "val" not in rows["cnn"]
     assert (rows["cnn"]["runs"], rows["cnn"]["last accuracy"], rows["cnn"]["mAP"]) == ("3", "70.0 ± 10.0", "50.0 ± 0.0")
+
+
+def test_summary_of_ensembles(tmp_path, capsys):
+    """Of two settings over folds: one row. That of averaged weights counts, not that of the best epochs beside it."""
+    for fold, score in ((1, 0.6), (2, 0.8)):
+        for ckpt, less in (("best", 0.3), ("wa", 0)):
+            name = f"ensemble-cnn-fold{fold}+ast-fold{fold}"
+            result(tmp_path, name, ckpt, score - less, task="single-label", fold=fold)
+    _, rows = table(tmp_path, capsys)
+    assert list(rows) == ["cnn+ast"] and rows["cnn+ast"]["ensemble accuracy"] == "70.0 ± 14.1"
+
+
+def test_the_curves_of_a_hundred_runs_have_room(tmp_path, capsys):
+    """One of them is taught, whatever its name: its line is solid, as its log has the teacher's loss."""
+    for i in range(100):
+        result(tmp_path, f"efficientnet-b2--tau-{i}", "best", 0.5)
+        entry = {"epoch": 1, "loss": 1.0, "val_mAP": 0.5} | ({"loss_d": 1.0} if i == 7 else {})
+        (tmp_path / f"efficientnet-b2--tau-{i}" / "log.jsonl").write_text(json.dumps(entry) + "\n")
+    drawn = []
+    with pytest.MonkeyPatch.context() as patch:
+        save = evaluate.save_figure
+        patch.setattr(evaluate, "save_figure", lambda fig, *paths: (save(fig, *paths), drawn.append(fig)))
+        table(tmp_path, capsys)
+    [ax] = drawn[0].axes
+    assert [line.get_linestyle() for line in ax.lines].count("-") == 1
+    assert ax.get_position().height * drawn[0].get_figheight() > 2.5  # inches
 
 
 def test_summary_over_seeds_of_whole_cross_validations(tmp_path, capsys):

@@ -175,6 +175,12 @@ def test_frames_average_to_the_clip_and_follow_each_other(tmp_path):
     assert p.std(0).max() > 0.01
     assert second[0]["start"] == "0.00" and second[-1]["end"] == "2.50"
     assert all(a["end"] == b["start"] for a, b in itertools.pairwise(second))
+    checkpoint(tmp_path / "d.pt", "densenet-121")  # its map leaves out what does not fill a column
+    inside("evaluate.py", "--ckpt", tmp_path / "d.pt", "--audio", files[1], "--frames", tmp_path / "d.csv")
+    with open(tmp_path / "d.csv", newline="", encoding="utf-8") as f:
+        third = list(csv.DictReader(f))
+    assert third[0]["start"] == "0.00" and third[-1]["end"] == "2.50"
+    assert all(a["end"] == b["start"] for a, b in itertools.pairwise(third))
     assert (tmp_path / "p-1.png").stat().st_size > 9999 and (tmp_path / "p-2.png").exists()
     checkpoint(tmp_path / "a.pt", "hybrid-b0")
     assert "--frames works with one CNN" in inside(
