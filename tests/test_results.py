@@ -1,5 +1,6 @@
 """README's table of real audio is what the logs in tests/results/ say, and the script that made them still can."""
 
+import itertools
 import json
 import re
 
@@ -9,16 +10,16 @@ from conftest import ROOT
 
 def test_readmes_table_is_recomputed_from_the_logs():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert real_audio.table() in readme
+    assert all(part in readme for part in real_audio.table())
 
 
 def test_the_logs_are_of_whole_runs_with_the_settings_that_the_script_has():
-    paths = sorted(real_audio.RESULTS.glob("*-s0/args.json"))
-    assert len(paths) == len(real_audio.RUNS) * len(real_audio.FOLDS)
-    for path in paths:
+    paths = [sorted(folder.glob("*-s0/args.json")) for folder in (real_audio.RESULTS, real_audio.RESULTS / "fold1")]
+    assert [*map(len, paths)] == [len(real_audio.RUNS) * len(real_audio.FOLDS), len(real_audio.ONE)]
+    for path in itertools.chain(*paths):
         args, log = json.loads(path.read_text()), (path.parent / "log.jsonl").read_text().splitlines()
         name, fold = re.fullmatch(r"(.*)-fold(\d)-s0", path.parent.name).groups()
-        flags, teacher = real_audio.RUNS[name]
+        flags, teacher = (real_audio.ONE if path.parents[1].name == "fold1" else real_audio.RUNS)[name]
         assert (len(log), args["fold"], args["seed"]) == (args["epochs"], int(fold), 0)
         metrics = json.loads((path.parent / "metrics-last-eval.json").read_text())
         assert (metrics["clips"], metrics["fold"], metrics["epoch"]) == (400, int(fold), args["epochs"])
