@@ -168,8 +168,8 @@ class FbankDataset(torch.utils.data.Dataset):
     ds[i] -> (x (T, 128) float32 log-mel in nats, not normalised, zero after the clip's end; y (C,) float32 in {0, 1}).
     ds.batch(indices) -> the same for a batch, float16 and with the clips' own frame counts: what training uses.
     Also: classes (names), task, n_frames, ids, labels (n, L) filled up with -1, mean and std (nats) of this split's own
-    frames, splits and has_val (of the whole folder), listed (clips of the split that the source lists). AudioSet's 'train' is both its lists,
-    'train-balanced' the small one. Files are opened for each batch and closed again: AudioSet has 4,100 of them.
+    frames, splits and has_val (of the whole folder), listed (clips of the split that the source lists). AudioSet's 'train'
+    is both its lists, 'train-balanced' the small one. Files are opened for each batch and closed again: AudioSet has 4,100 of them.
     Raises FileNotFoundError or ValueError for a folder that is not complete, or a split or fold that it does not have.
     """
 

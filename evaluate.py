@@ -651,7 +651,8 @@ def export_onnx(path, model, meta):
     facts = {k: str(meta[k]) for k in ("mean", "std", "sample_rate", "task", "n_frames")} | {
         "classes": json.dumps(meta["classes"]),
         "model": meta["model"]["name"],
-        "input": "log-mel in nats of Kaldi's fbank, 0.0 after the end of a clip, then normalised: (x - mean) / (2 std)",
+        "input": "log-mel in nats of Kaldi's fbank (16 kHz mono in [-1, 1], 25 ms Hanning windows every 10 ms, DC removed, preemphasis "
+        "0.97, 128 bins from 20 Hz, no dither), 0.0 after the end of a clip, then normalised: (x - mean) / (2 std)",
         "output": f"logits: {'sigmoid' if multi else 'softmax'} makes them probabilities",
     }
     x = torch.randn(3, meta["n_frames"], dataset.N_MELS) / 2  # of the spread of normalised log-mel

@@ -644,7 +644,7 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
     try:
         begun = [*out.glob("stats.json"), *out.glob("fbank-*.json")]
         if not begun and (out / "clips.csv").exists():
-            raise ValueError(f"{out} holds a clips.csv that prep_data.py did not write: give another --out")
+            raise ValueError(f"{out} holds a clips.csv without a stats.json: give another --out, or move that table")
         for path in begun[:1]:
             if read_json(path).get("fingerprint") != facts["fingerprint"]:
                 raise ValueError(f"{out} holds other clips or other settings: give another --out, or remove it")

@@ -228,9 +228,8 @@ def place_clips(args, data, device):
     if args.cache == "device" or (not args.cache and fits):
         data.keep_on(device)
     where = "disk, through the page cache" if data.cache is None else f"{device.type} memory"
-    print(
-        f"{data.count()} training clips, {need / 2**30:.2f} GiB, are read from {where}; {device}, {args.precision or models.PRECISION[device.type]}"
-    )
+    print(f"{data.count()} training clips, {need / 2**30:.2f} GiB, are read from {where}")
+    print(f"training on {device} in {args.precision or models.PRECISION[device.type]}")
 
 
 def check_disk(run):

@@ -279,7 +279,7 @@ def test_a_table_in_the_prepared_folder_is_not_overwritten(tmp_path):
         soundfile.write(tmp_path / f"{name}.wav", partials(16000, 0.3), 16000)
     table = write(tmp_path / "clips.csv", "path,labels,split", "a.wav,x,train", "b.wav,y,eval")
     before = table.read_text()
-    assert "a clips.csv that prep_data.py did not write" in inside(*PREP, table, "--out", tmp_path)
+    assert "holds a clips.csv without a stats.json: give another --out" in inside(*PREP, table, "--out", tmp_path)
     assert table.read_text() == before
 
 
