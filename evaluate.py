@@ -10,7 +10,8 @@
 
 A checkpoint knows its data, fold, classes and normalisation, so --ckpt alone is enough. Scores are written beside it as
 metrics-<checkpoint>-<split>.json, per_class-<checkpoint>-<split>.csv and .png, and confusion-<checkpoint>-<split>.png for one
-label a clip; ensembles go to exp/<name>/ensemble-<run>/. --ckpt also takes the folder of an AST as Hugging Face holds it.
+label a clip; ensembles go to exp/<name>/ensemble-<run>/. --ckpt also takes a run's folder, for its best.pt, and that of an AST as
+Hugging Face holds it.
 """
 
 import argparse
