@@ -21,7 +21,7 @@ import models
 import train_teacher
 
 LAM = 0.5
-TAU = {"AST to CNN or hybrid": 2.5, "ESC-50": 5.0, "else": 1.0}  # of each teacher (Section 4.2, Table 5; Section 5.2)
+TAU = {"AST to CNN or hybrid": 2.5, "ESC-50": 5.0, "else": 1.0}  # of each teacher (Table 5; Section 5.2: 5 or 6)
 
 
 def cmkd_loss(

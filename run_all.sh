@@ -8,7 +8,7 @@
 #   bash run_all.sh data/machines                            # a folder that prep_data.py wrote
 #
 # Knobs, by environment:
-#   ROOT            the raw data on disk                     esc10, esc50, fsd50k: downloaded to data/NAME-audio
+#   ROOT            the raw data on disk                     esc50 (esc10 too), fsd50k: downloaded to data/NAME-audio
 #   EXP             where runs go                            exp/NAME
 #   CNN, AST        the students                             efficientnet-b2, ast-base (demo: timm:resnet10t, ast-tiny)
 #   CNN_TEACHERS    who teaches the AST                      CNN if that is set; fsd50k: efficientnet-b0 densenet-121
@@ -24,7 +24,7 @@
 #   PYTHON          the interpreter                          python
 set -euo pipefail
 
-usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p}' "$0"; exit "$1"; }
+usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; exit "$1"; }
 [ $# -eq 1 ] || usage 2
 HERE=$(cd "$(dirname "$0")" && pwd)
 PYTHON=${PYTHON:-$(command -v python || command -v python3)}
@@ -81,7 +81,7 @@ train() { # MODEL [TEACHER...]: train a model, average its epochs, score it
   [ $kind = CNN ] || [ -z "${PATCHOUT:-}" ] || flags+=(--patchout $PATCHOUT)
   [ "$fold" = none ] || flags+=(--fold "$fold")
   [ "${KEEP_EPOCHS:-0}" = 0 ] || flags+=(--keep-epochs)
-  stage "${script%_teacher} $out" python_n "$HERE/$script.py" --data "$DATA" --model "$model" --seed "$seed" --out "$out" "${flags[@]}"
+  stage "${script%_teacher} $out" python_n "$HERE/$script.py" --data "$DATA" --model "$model" --seed "$seed" --out "$out" ${flags[@]+"${flags[@]}"}
   if compgen -G "$out/ep-*.pt" >/dev/null && [ ! "$out/wa.pt" -nt "$out/last.pt" ]; then
     stage "average $out" python_n "$HERE/evaluate.py" --average "$out"
   fi

@@ -29,8 +29,8 @@ import dataset
 import evaluate
 import models
 
-# Table 2 with the gaps filled; hybrids follow the CNNs. decay: "plateau" halves after 2 epochs without a better
-# validation score; (factor, every, after) multiplies by factor once `after` epochs are done and every `every` from there.
+# Table 2 with the gaps filled; hybrids follow the CNNs. decay: "plateau" halves at the third epoch in a row without a better
+# validation score (without such a split: training loss); (factor, every, after) multiplies by factor once `after` epochs are done and every `every` from there.
 # average: "val" chooses the first epoch on validation, a number is the first epoch, "off" is none.
 COLUMNS = "lr", "batch_size", "epochs", "warmup", "decay", "mixup", "balanced", "freq_mask", "average"
 RECIPES = {
@@ -66,14 +66,14 @@ def parser(doc):
     add("--epochs", type=int)
     add("--lr", type=float)
     add("--batch-size", type=int, help="global: all processes together")
-    add("--warmup", type=int, help="steps of linear warmup")
+    add("--warmup", type=int, help="steps of linear warmup, at most a tenth of all")
     add("--mixup", type=float, help="its probability")
     add("--balanced", action=argparse.BooleanOptionalAction, default=None, help="class-balanced sampling")
     add("--freq-mask", type=int, help="mel bins; a mask is narrower than this")
     add("--time-mask", type=int, help="frames; a mask is narrower than this")
     add("--label-smoothing", type=float, default=0.1)
     add("--patchout", type=int, nargs=2, default=[0, 0], metavar=("ROWS", "COLUMNS"), help="patches that an AST drops")
-    add("--precision", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--precision", choices=["float32", "bfloat16"], help="default: bfloat16 on a GPU, else float32, as scores")
     add("--keep-epochs", action="store_true", help="keep ep-NN.pt after weight averaging")
     add("--cache", choices=["device", "disk"], help="where clips are read from (default: a GPU if they fit)")
     add("--no-compile", action="store_true", help="CUDA: do not torch.compile")

@@ -14,12 +14,13 @@ def test_readmes_table_is_recomputed_from_the_logs():
 
 
 def test_the_logs_are_of_whole_runs_with_the_settings_that_the_script_has():
-    paths = [sorted(folder.glob("*-s0/args.json")) for folder in (real_audio.RESULTS, real_audio.RESULTS / "fold1")]
-    assert [*map(len, paths)] == [len(real_audio.RUNS) * len(real_audio.FOLDS), len(real_audio.ONE)]
+    paths = [sorted(folder.glob("*-s0/args.json")) for folder in (real_audio.RESULTS, real_audio.RESULTS / "float32")]
+    again = len(real_audio.AGAIN) + (len(real_audio.FOLDS) - 1) * len(real_audio.ON_ALL_FOLDS)
+    assert [*map(len, paths)] == [len(real_audio.RUNS) * len(real_audio.FOLDS), again]
     for path in itertools.chain(*paths):
         args, log = json.loads(path.read_text()), (path.parent / "log.jsonl").read_text().splitlines()
         name, fold = re.fullmatch(r"(.*)-fold(\d)-s0", path.parent.name).groups()
-        flags, teacher = (real_audio.ONE if path.parents[1].name == "fold1" else real_audio.RUNS)[name]
+        flags, teacher = (real_audio.AGAIN if path.parents[1].name == "float32" else real_audio.RUNS)[name]
         assert (len(log), args["fold"], args["seed"]) == (args["epochs"], int(fold), 0)
         metrics = json.loads((path.parent / "metrics-last-eval.json").read_text())
         assert (metrics["clips"], metrics["fold"], metrics["epoch"]) == (400, int(fold), args["epochs"])
