@@ -64,7 +64,9 @@ stop() { # a pre-emption or Ctrl-C: the stage finishes its step and saves
 child=
 trap stop TERM INT
 python_n() { # on several GPUs through torchrun; exec, in the shell that a stage is, or a signal would end at that shell
-  if [ "${GPUS:-1}" -gt 1 ]; then exec "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node="$GPUS" "$@"; else exec "$PYTHON" "$@"; fi
+  [ "${GPUS:-1}" -gt 1 ] || exec "$PYTHON" "$@"
+  # of Ctrl-C and, under nohup, of a hang-up, torchrun would tell the workers, which would end unsaved: `stop` sends TERM
+  exec "$PYTHON" -m torch.distributed.run --standalone --signals-to-handle=SIGTERM --nproc_per_node="$GPUS" "$@"
 }
 run_of() { echo "$EXP/${1//:/-}${2:+-from-${2//:/-}}$tail"; } # MODEL [TEACHERS joined by +]
 

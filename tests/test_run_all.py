@@ -168,9 +168,9 @@ def test_every_knob_reaches_the_commands_that_it_is_for(run_all):
     prepare, *calls, summary = calls
     assert prepare == ["prep_data.py", "esc50", "--out", "data/esc50", "--root", "raw", "--workers", "5"]
     assert summary == ["evaluate.py", "--summary", "e"]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=4"]
-    assert all(c[:4] == torchrun for c in calls)  # training and scoring; preparation and summary are one process
-    calls = [c[4:] for c in calls]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--signals-to-handle=SIGTERM", "--nproc_per_node=4"]
+    assert all(c[:5] == torchrun for c in calls)  # training and scoring; preparation and summary are one process
+    calls = [c[5:] for c in calls]
     models = ["efficientnet-b0", "timm:x", "ast-tiny", "efficientnet-b2", "ast-base"]
     assert [after(c, "--model") for c in training(calls)] == [*models, "ast-base", "efficientnet-b2"]
     assert runs(calls)[-2:] == [
