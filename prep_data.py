@@ -563,48 +563,42 @@ def start_worker():
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
-def fill_rows(shard, rows, clips, n_frames, seconds):
-    """Fill rows of a shard under construction with these clips; [(frames, mean, var) or the reason it cannot]."""
-    found, start = [], np.load(shard, mmap_mode="r").offset
+def fill_row(shard, start, n_frames, seconds, row, clip):
+    """Fill a row of a shard, whose rows start at this byte -> (frames, mean, var), or the reason why it stays zero."""
+    try:
+        x = fbank(load_audio(clip.path, seconds, clip.member))[:n_frames].half()
+        if not len(x):
+            raise ValueError("shorter than one frame of 25 ms")
+    except (soundfile.SoundFileError, ValueError, OSError) as e:
+        return " ".join(str(e).split())
     with open(shard, "rb+") as f:  # written, not mapped: a full disk is an error, not a bus error
-        for row, clip in zip(rows, clips):
-            try:
-                x = fbank(load_audio(clip.path, seconds, clip.member))[:n_frames].half()
-                if not len(x):
-                    raise ValueError("shorter than one frame of 25 ms")
-            except (soundfile.SoundFileError, ValueError, OSError) as e:
-                found.append(" ".join(str(e).split()))  # its row stays zero
-                continue
-            f.seek(start + row * n_frames * N_MELS * 2)
-            f.write(x.numpy())
-            wide = x.double()
-            found.append((len(x), wide.mean().item(), wide.var(correction=0).item()))
-    return found
+        f.seek(start + row * n_frames * N_MELS * 2)
+        f.write(x.numpy())
+    wide = x.double()
+    return len(x), wide.mean().item(), wide.var(correction=0).item()
 
 
 def make_shards(shards, notes, fingerprint, n_frames, seconds, workers):
     """Have a pool of processes fill the rows of the shards {path: clips} that are still to be read, a few shards at a time so
-    that no worker waits, and put each shard in place and then its note. Clips that could not be read are tried again in place."""
+    that no worker waits, and put each shard in place and then its note. Clips that could not be read are tried again."""
     unread = {shard: [i for i, what in enumerate(notes[shard]["found"]) if isinstance(what, str)] for shard in shards}
 
-    def fill(shard, path):
-        if path != shard:
-            np.lib.format.open_memmap(path, "w+", np.float16, (len(shards[shard]), n_frames, N_MELS))
-        parts = [unread[shard][i : i + CHUNK] for i in range(0, len(unread[shard]), CHUNK)]
-        jobs = [pool.submit(fill_rows, path, p, [shards[shard][i] for i in p], n_frames, seconds) for p in parts]
-        for part, job in zip(parts, jobs):
-            for i, what in zip(part, job.result()):
-                notes[shard]["found"][i] = what
-            bar.update(len(part))
-        with open(path, "rb+") as f:
-            os.fsync(f.fileno())
-
     def make(shard):
-        if len(unread[shard]) < len(shards[shard]):
-            shard.with_suffix(".json").unlink()  # killed before it is back, the shard is made anew
-            fill(shard, shard)
-        else:
-            atomic_write(shard, functools.partial(fill, shard))
+        rows, clips = unread[shard], shards[shard]
+
+        def fill(path):
+            if len(rows) < len(clips):
+                os.replace(shard, path)
+            else:
+                np.lib.format.open_memmap(path, "w+", np.float16, (len(clips), n_frames, N_MELS))
+            start = np.load(path, mmap_mode="r").offset
+            fill_own = functools.partial(fill_row, path, start, n_frames, seconds)
+            for row, what in zip(rows, pool.map(fill_own, rows, [clips[row] for row in rows], chunksize=CHUNK)):
+                notes[shard]["found"][row] = what
+                bar.update()
+
+        shard.with_suffix(".json").unlink(missing_ok=True)  # killed before it is back, the shard is made anew
+        atomic_write(shard, fill)
         notes[shard] |= {"fingerprint": fingerprint, "crc32": crc32(shard)}
         write_json(shard.with_suffix(".json"), notes[shard])
 
