@@ -196,8 +196,8 @@ def read_rows(path, **dialect):
             raise ValueError(f"{path} is not a table in UTF-8 ({e}): save it as 'CSV UTF-8'") from e
 
 
-def read_table(path, columns, numbers=()):
-    """Yield {column: cell, 'line': its number} of a table that has these columns. `numbers` become integers, or stay empty."""
+def read_table(path, columns):
+    """Yield {column: cell, 'line': its number} of a table that has these columns."""
     rows = read_rows(path)
     names = [name.strip() for name in next(rows, (1, []))[1]]
     for column in columns:
@@ -206,24 +206,17 @@ def read_table(path, columns, numbers=()):
     for line, row in rows:
         if len(row) != len(names):
             raise ValueError(f"{path} line {line} does not have the {len(names)} cells of the first line")
-        cells = dict(zip(names, row)) | {"line": line}
-        for column in {*numbers} & {*names}:
-            text = cells[column].strip()
-            if not text.isdecimal() and (text or column in columns):
-                raise ValueError(f"{path} line {line}: {column} '{text}' is not a whole number")
-            cells[column] = int(text) if text else ""
-        yield cells
+        yield dict(zip(names, row)) | {"line": line}
 
 
 def esc(root, ten):
     """ESC-50's official layout; ESC-10 is the rows whose esc10 column is True."""
     columns, audio = ["filename", "fold", "target", "category", "esc10"], root / "audio"
-    table = read_table(root / "meta" / "esc50.csv", columns, ["fold", "target"])
-    rows = [r for r in table if not ten or r["esc10"] == "True"]
-    names = {r["target"]: r["category"] for r in rows}
-    index = {target: i for i, target in enumerate(sorted(names))}
-    clips = [Clip(r["filename"], str(audio / r["filename"]), "", r["fold"], [index[r["target"]]]) for r in rows]
-    return [("", names[target]) for target in index], clips
+    rows = [r for r in read_table(root / "meta" / "esc50.csv", columns) if not ten or r["esc10"] == "True"]
+    targets = {r["category"]: int(r["target"]) for r in rows}
+    index = {name: i for i, name in enumerate(sorted(targets, key=targets.get))}
+    clips = [Clip(r["filename"], str(audio / r["filename"]), "", int(r["fold"]), [index[r["category"]]]) for r in rows]
+    return [("", name) for name in index], clips
 
 
 def fsd50k(root):
@@ -326,18 +319,20 @@ def class_folders(root):
 
 def own_table(table):
     """Anybody's table: path,labels[,split][,fold]; a missing split is made, stratified 80/10/10, and printed."""
-    rows = list(read_table(table, ["path", "labels"], ["fold"]))
+    rows = list(read_table(table, ["path", "labels"]))
     labels = [sorted({v.strip() for v in r["labels"].split(";") if v.strip()}) for r in rows]
     index = {name: i for i, name in enumerate(sorted({v for own in labels for v in own}))}
     if not index:
         raise ValueError(f"{table} has no {'labels' if rows else 'rows'}")
     clips = []
     for r, own in zip(rows, labels):
-        split = r.get("split", "").strip().lower()
+        split, fold = (r.get(column, "").strip().lower() for column in ("split", "fold"))
         if split not in SPLITS:
             raise ValueError(f"{table} line {r['line']}: unknown split '{split}': use train, val or eval")
+        if not (fold or "0").isdecimal():
+            raise ValueError(f"{table} line {r['line']}: fold '{fold}' is not a whole number")
         at, own = str(table.parent / r["path"]), [index[v] for v in own]
-        clips.append(Clip(r["path"], at, SPLITS[split], r.get("fold", ""), own))
+        clips.append(Clip(r["path"], at, SPLITS[split], int(fold) if fold else "", own))
     for column in ("split", "fold"):
         empty = [r["line"] for r, c in zip(rows, clips) if getattr(c, column) == ""]
         if 0 < len(empty) < len(clips):
