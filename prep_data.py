@@ -527,10 +527,9 @@ def check_clips(source, clips, task):
     """The task of a list of clips, given or found; ValueError for a list that cannot be trained on and scored."""
     if not clips:
         raise ValueError(f"{source}: no clips, the tables are empty or no audio was found")
-    for names in ([c.id for c in clips], [os.path.normpath(c.path) for c in clips]):
-        counts = collections.Counter(names)
-        if len(counts) < len(clips):
-            raise ValueError(f"{source}: clip '{max(counts, key=counts.get)}' is listed {max(counts.values())} times")
+    path, times = collections.Counter(os.path.normpath(c.path) for c in clips).most_common(1)[0]
+    if times > 1:
+        raise ValueError(f"{source}: clip '{path}' is listed {times} times")
     if odd := next((c.path for c in clips if re.search("[\ud800-\udfff\r]", c.path)), None):
         raise ValueError(f"the file name {odd!r} is not UTF-8, or has a line break: rename it")
     many = next((c for c in clips if len(c.labels) != 1), None)

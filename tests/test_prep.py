@@ -251,7 +251,7 @@ def test_made_split_is_stratified_and_reproducible(tmp_path, capsys):
         (["path,labels,split", "a.wav,x,train", "b.wav,x,dev"], r"bad\.csv line 3: unknown split 'dev'"),
         (["path,labels,fold", "a.wav,x,1", "b.wav,x,2.5"], r"bad\.csv line 3: fold '2\.5'"),
         (["path,labels,fold", "a.wav,x,1", "b.wav,x,1"], r"fold 1"),
-        (["path,labels", "a.wav,x", "b.wav,x", "a.wav,y"], r"clip 'a\.wav' is listed 2 times"),
+        (["path,labels", "a.wav,x", "b.wav,x", "a.wav,y"], r"clip '.*/a\.wav' is listed 2 times"),
         (["path,labels,split", "a.wav,x,train", "b.wav,x,eval", "c.wav,x,"], r"bad\.csv line 4: no split"),
         (["path,labels,fold", "a.wav,x,", "b.wav,x,1"], r"bad\.csv line 2: no fold"),
         (["path,labels", "a.wav,x", "b.wav"], r"bad\.csv line 3"),
