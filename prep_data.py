@@ -440,9 +440,8 @@ def download_file(url, path, md5):
             reply = urllib.request.urlopen(urllib.request.Request(url, headers=headers), timeout=TIMEOUT)
             with reply, open(part, "ab" if reply.status == 206 else "wb") as f:  # 200: all of it comes
                 start, total = f.tell(), f.tell() + int(reply.headers.get("Content-Length") or 0)
-                with tqdm(desc=path.name, initial=start, total=total or None, unit="B", unit_scale=True) as bar:
-                    while block := reply.read(1 << 16):
-                        bar.update(f.write(block))
+                with tqdm.wrapattr(f, "write", desc=path.name, initial=start, total=total or None) as out:
+                    shutil.copyfileobj(reply, out)
                 if f.tell() < total:
                     raise ConnectionError(f"cut after {f.tell()} of {total} bytes")
         except NETWORK as e:
