@@ -250,7 +250,7 @@ class FbankDataset(torch.utils.data.Dataset):
             except (ValueError, EOFError, FileNotFoundError) as e:
                 raise ValueError(f"{path} is damaged or missing: remove {self.root} and prepare it again") from e
             self.starts.append(shard.offset)
-        if self.rows.max() // SHARD >= s + (self.rows.max() % SHARD < len(shard)):
+        if self.rows.max() >= s * SHARD + len(shard):
             raise ValueError(f"{self.root / 'clips.csv'} names row {self.rows.max()}, which the shards do not have")
 
     def __len__(self):
@@ -291,7 +291,8 @@ class FbankDataset(torch.utils.data.Dataset):
     def weights(self):
         """Class-balanced sampling weights (n,): sum over a clip's labels of 1 / (count + 0.01), Section 3.2 and PSLA.
         Clips without a label count as one more class, or they would never be drawn."""
-        labels = np.where(self.labels[:, :1] + np.arange(self.labels.shape[1]) == -1, len(self.classes), self.labels)
+        labels = self.labels.copy()
+        labels[labels[:, 0] < 0, 0] = len(self.classes)
         share = np.append(1 / (np.bincount(labels[labels >= 0], minlength=len(self.classes) + 1) + 0.01), 0.0)
         return share[labels].sum(1)  # -1 reads the last entry: 0
 
@@ -382,8 +383,8 @@ def epoch_order(data, seed, epoch, balanced):
     rng = np.random.default_rng([seed, epoch])
     if not balanced:
         return rng.permutation(len(data))
-    share = np.cumsum(data.weights())
-    return np.searchsorted(share, rng.random(len(data)) * share[-1], side="right").clip(max=len(data) - 1)
+    weights = data.weights()
+    return rng.choice(len(data), len(data), p=weights / weights.sum())
 
 
 def steps_in_epoch(data, args):
