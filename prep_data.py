@@ -52,13 +52,11 @@ SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "
 TIMEOUT, WAITS = 60, (1, 2, 4, 8, 16)  # s: of a silent connection, and before the next attempt while nothing new comes
 AGAIN = "run the same command again, it resumes the download, or give --root a copy of the data"
 NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
-DOWNLOADS = {  # place, top folder of the archives, GB of archives, GB of disk in all (computed or estimated, not measured)
-    "esc50": ("https://github.com/karolpiczak/ESC-50/archive/", "ESC-50-master", 0.6, 1.5),
-    "fsd50k": ("https://zenodo.org/records/4060432/files/", None, 24.7, 47.5),
-}
-ARCHIVES = {  # {data set: {archive: {ending of a part: MD5}}}; GitHub makes its archive anew
-    "esc50": {"master": {"zip": None}},
-    "fsd50k": {
+# place, top folder of the archives, GB of archives, GB of disk in all (computed or estimated, not measured),
+# {archive: {ending of a part: MD5}}; GitHub makes its archive anew
+DOWNLOADS = {
+    "esc50": ("https://github.com/karolpiczak/ESC-50/archive/", "ESC-50-master", 0.6, 1.5, {"master": {"zip": None}}),
+    "fsd50k": ("https://zenodo.org/records/4060432/files/", None, 24.7, 47.5, {
         "FSD50K.ground_truth": {"zip": "ca27382c195e37d2269c4c866dd73485"},
         "FSD50K.dev_audio": {
             "z01": "faa7cf4cc076fc34a44a479a5ed862a3", "z02": "8f9b66153e68571164fb1315d00bc7bc",
@@ -66,7 +64,7 @@ ARCHIVES = {  # {data set: {archive: {ending of a part: MD5}}}; GitHub makes its
             "z05": "81356521aa159accd3c35de22da28c7f", "zip": "c480d119b8f7a7e32fdb58f3ea4d6c5a",
         },
         "FSD50K.eval_audio": {"z01": "3090670eaeecc013ca1ff84fe4442aeb", "zip": "6fa47636c3a3ad5c7dfeba99f2637982"},
-    },
+    }),
 }  # fmt: skip
 DEMO_CLASSES = [
     "am_tone", "bell", "chirp_down", "chirp_up", "clicks", "fm_tone", "harmonic_stack", "noise_band", "noise_burst", "tone",
@@ -499,14 +497,14 @@ def download(source, root):
 
     NAME.part is a part of an archive, NAME a whole and verified one; ARCHIVE.unpacked marks that it is done.
     """
-    url, top, gb, gb_in_all = DOWNLOADS[source]
+    url, top, gb, gb_in_all, archives = DOWNLOADS[source]
     if not any(root.iterdir()):
         free = shutil.disk_usage(root).free / 1e9
         need = f"{gb_in_all} GB of disk in {root}, which has {free:.1f} GB free"
         print(f"{source}: {gb} GB to download from {url}; unpacked and prepared it needs {need}")
         if free < gb_in_all:
             raise OSError(f"{source} needs {need}: free some, or give --out on a larger disk")
-    for archive, sums in ARCHIVES[source].items():
+    for archive, sums in archives.items():
         parts, mark = [root / f"{archive}.{ending}" for ending in sums], root / f"{archive}.unpacked"
         if not mark.exists():
             for part, md5 in zip(parts, sums.values()):

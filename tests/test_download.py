@@ -115,10 +115,9 @@ def zipped(members, link=None):
 
 def facts(monkeypatch, files, source, top, archives):
     """Point prep_data's tables at the server; {archive: endings of its parts}, with the sums of what it holds."""
-    monkeypatch.setitem(prep_data.DOWNLOADS, source, (files["url"], top, 0.0, 0.0))
     md5 = lambda name: hashlib.md5(files[name]).hexdigest() if source == "fsd50k" else None
     sums = {archive: {end: md5(f"{archive}.{end}") for end in endings} for archive, endings in archives.items()}
-    monkeypatch.setitem(prep_data.ARCHIVES, source, sums)
+    monkeypatch.setitem(prep_data.DOWNLOADS, source, (files["url"], top, 0.0, 0.0, sums))
 
 
 @pytest.fixture
@@ -419,7 +418,8 @@ def disk(monkeypatch, free):
 def test_the_disk_is_checked_once_before_the_download(server, esc, tmp_path, monkeypatch):
     files, _, log = server
     root = tmp_path / "data" / "esc50-audio"
-    monkeypatch.setitem(prep_data.DOWNLOADS, "esc50", (files["url"], "ESC-50-master", 0.1, 3.8))
+    row = (files["url"], "ESC-50-master", 0.1, 3.8, {"master": {"zip": None}})
+    monkeypatch.setitem(prep_data.DOWNLOADS, "esc50", row)
     disk(monkeypatch, 3.7e9)
     error = run("esc50", tmp_path)
     assert f"esc50 needs 3.8 GB of disk in {root}" in error and "free some, or give --out" in error and not got(log)
@@ -461,7 +461,7 @@ def test_no_server_at_all(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setattr(prep_data, "WAITS", (0,))
     place = "http://127.0.0.1:9/"
-    monkeypatch.setitem(prep_data.DOWNLOADS, "esc50", (place, None, 0, 0))
+    monkeypatch.setitem(prep_data.DOWNLOADS, "esc50", (place, None, 0, 0, {"master": {"zip": None}}))
     error = run("esc10", tmp_path)
     assert f"{place}master.zip could not be downloaded" in error and "refused" in error
 
@@ -482,11 +482,10 @@ def test_a_page_that_is_no_archive_is_one_sentence(server, esc, tmp_path):
 def test_the_real_table_is_whole():
     """Every archive of the record has its sum, and a split one ends in its .zip."""
     for source, names in (("esc50", 1), ("fsd50k", 9)):
-        url, *_ = prep_data.DOWNLOADS[source]
-        archives = prep_data.ARCHIVES[source].values()
+        url, *_, archives = prep_data.DOWNLOADS[source]
         assert url.startswith("https://") and url.endswith("/")
-        assert sum(map(len, archives)) == names and all([*sums] == sorted(sums) for sums in archives)
-        for md5 in (md5 for sums in archives for md5 in sums.values()):
+        assert sum(map(len, archives.values())) == names and all([*v] == sorted(v) for v in archives.values())
+        for md5 in (md5 for sums in archives.values() for md5 in sums.values()):
             assert source == "esc50" or len(bytes.fromhex(md5)) == 16
 
 
