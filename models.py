@@ -250,14 +250,10 @@ def read_weights(path):
         if not found:
             raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin nor a .pth")
         path = found[0]
-    if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}")
-    state = torch_load(path)
-    for key in ("state", "model", "state_dict"):  # ours, DeiT's own release, Lightning
-        inner = state.get(key) if isinstance(state, dict) else None
-        if isinstance(inner, dict) and any(map(torch.is_tensor, inner.values())):
-            state = inner
-    if not isinstance(state, dict) or not state or not all(map(torch.is_tensor, state.values())):
+    file = torch_load(path)
+    inner = ("state", "state_dict", "model")  # ours, Lightning, DeiT's own release
+    state = next((file[k] for k in inner if isinstance(file.get(k), dict)), file)
+    if not state or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path} is not a state dict of tensors")
     return {re.sub(WRAPPER, "", k): v for k, v in state.items()}
 
@@ -442,7 +438,9 @@ def save_checkpoint(path, model, **meta):
 
 
 def torch_load(path):
-    """torch.load with weights_only=True on the CPU; ValueError for what is damaged, a flipped bit included, or no such file."""
+    """The dictionary in a weight file, on the CPU; FileNotFoundError, or ValueError if it is damaged (a flipped bit included)."""
+    if not pathlib.Path(path).is_file():
+        raise FileNotFoundError(f"no weights at {path}")
     try:
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
@@ -450,7 +448,7 @@ def torch_load(path):
             with zipfile.ZipFile(path) as z:
                 if z.testzip() is not None:
                     raise ValueError("a checksum is wrong")
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return dict(torch.load(path, map_location="cpu", weights_only=True))
     except OSError:
         raise
     except Exception as e:  # the unpickler raises almost anything on bytes that are not its own
@@ -459,10 +457,8 @@ def torch_load(path):
 
 def read_checkpoint(path):
     """The dictionary that save_checkpoint wrote; FileNotFoundError, or ValueError if it is something else."""
-    if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
     file = torch_load(path)
-    if not isinstance(file, dict) or "format" not in file or "state" not in file:
+    if "format" not in file or "state" not in file:
         way_out = "give it to --pretrained, or an AST's folder with config.json and preprocessor_config.json"
         raise ValueError(f"{path} is no checkpoint of this project: {way_out}")
     if file["format"] != FORMAT:
