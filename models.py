@@ -255,6 +255,7 @@ def read_weights(path):
     state = next((file[k] for k in inner if isinstance(file.get(k), dict)), file)
     if not state or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path} is not a state dict of tensors")
+    check_finite(state, path)
     return {re.sub(WRAPPER, "", k): v for k, v in state.items()}
 
 
@@ -280,10 +281,8 @@ def from_hugging_face(state):
             key = key.replace(theirs, ours)
         out[key] = value
     for key in [k for k in out if ".attn.q." in k]:
-        parts = [out.pop(key.replace(".attn.q.", f".attn.{p}."), None) for p in "qkv"]
-        if any(p is None for p in parts):
-            raise ValueError(f"these Hugging Face weights lack a part of {key.replace('.attn.q.', '.attn.qkv.')}")
-        out[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat(parts)
+        names = [key.replace(".attn.q.", f".attn.{p}.") for p in "qkv"]
+        out[key.replace(".attn.q.", ".attn.qkv.")] = torch.cat([out.pop(name) for name in names if name in out])
     return out
 
 
@@ -310,7 +309,7 @@ def resize_positions(pos, old, new):
 
 
 def from_timm_vit(state, grid, source):
-    """A timm ViT's state dict as DeiT-distilled holds one (names without `v.`): -> (state, what was changed).
+    """A timm ViT's state dict as an AST of DeiT-distilled's grid holds one: -> (state, what was changed).
 
     One class token (and its position) serves both tokens; LayerScale is folded into the matrices before it; patches of another
     size than 16x16 are resampled (timm's resample_patch_embed) and their positions with them, to DeiT's `grid`.
@@ -342,20 +341,18 @@ def from_timm_vit(state, grid, source):
         state[f"{matrix}.bias"] = state[f"{matrix}.bias"].float() * gamma
     if scales:
         changed.append("LayerScale folded")
-    return {k: v for k, v in state.items() if not k.startswith(("head.", "head_dist."))}, changed
+    return {f"v.{k}": v for k, v in state.items()}, changed
 
 
 def to_ast(model, state, source):
     """A state dict of timm's ViTs, of the AST release or of Hugging Face's AST, with our AST's names and positions."""
     changed, square = [], "patch_embed.proj.weight" in state  # timm's ViTs, of square images; all else has our 12 rows
-    if any(k.startswith("audio_spectrogram_transformer.") for k in state):
+    if any(k.startswith(BODY) for k in state):
         state = from_hugging_face(state)
     elif square:
         state, changed = from_timm_vit(state, model.v.patch_embed.grid_size, source)
-        state = {f"v.{k}": v for k, v in state.items()}
     state = {k: v for k, v in state.items() if not re.match(r"v\.head(_dist)?\.", k)}  # DeiT's own, unused by AST
-    pos = state.get("v.pos_embed")
-    if pos is not None and pos.ndim == 3 and pos.shape[2] == model.v.embed_dim:
+    if (pos := state.get("v.pos_embed")) is not None:
         n = pos.shape[1] - 2
         old = (round(n**0.5),) * 2 if square else (model.grid[0], n // model.grid[0])
         if old[0] * old[1] != n:
@@ -388,7 +385,6 @@ def load_pretrained(model, path):
 
 def load_state(model, state, source):
     """load_pretrained on a state dict; `source` names it in messages."""
-    check_finite(state, source)
     own = model.state_dict()
     state, changed = to_ast(model, state, source) if isinstance(model, AST) else (to_cnn(model, state), [])
     for key, value in state.items():  # a 3-channel stem: the sum equals showing the spectrogram on all three channels
@@ -499,10 +495,9 @@ def read_folder(folder):
         raise ValueError(f"{folder}: id2label of config.json or mean, std of preprocessor_config.json lack {e}") from e
     kinds = {"multi_label_classification": "multi-label", "single_label_classification": "single-label"}
     task = kinds.get(config.get("problem_type"), "multi-label" if len(classes) == 527 else "single-label")
-    state, n_frames = read_weights(folder), config.get("max_length", 1024)
-    check_finite(state, folder)
-    pos = state.get("v.pos_embed", state.get("audio_spectrogram_transformer.embeddings.position_embeddings"))
-    name = None if pos is None else {192: "ast-tiny", 384: "ast-small", 768: "ast-base"}.get(pos.shape[-1])
+    state, n_frames = from_hugging_face(read_weights(folder)), config.get("max_length", 1024)
+    pos = state.get("v.pos_embed", torch.empty(1, 0, 0))
+    name = {192: "ast-tiny", 384: "ast-small", 768: "ast-base"}.get(pos.shape[2])
     if name is None or pos.shape[1] != 2 + math.prod(dataset.patch_grid(n_frames)):
         raise ValueError(f"{folder} holds no AST of width 192, 384 or 768 for max_length {n_frames}")
     meta = {"model": {"name": name, "n_classes": len(classes), "n_frames": n_frames, "kd_head": False}, "state": state}
