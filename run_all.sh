@@ -35,8 +35,7 @@ case $1 in
   *)
     unknown="'$1' is neither demo, esc10, esc50, fsd50k, audioset, audioset-bal nor a folder that prep_data.py finished (no stats.json)"
     [ -f "$1/stats.json" ] || { echo "run_all.sh: $unknown" >&2; exit 2; }
-    DATA=${1%/} NAME=$(basename -- "$(cd -- "$1" && pwd)")
-    case $DATA in -*) DATA=./$DATA ;; esac # no flag
+    DATA=${1%/} NAME=$(basename "$(cd "$1" && pwd)")
     ;;
 esac
 case $NAME in
