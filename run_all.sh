@@ -91,7 +91,7 @@ train() { # MODEL [TEACHER...]: train a model, average its epochs, score it
       stage "evaluate $out/$ckpt.pt" python_n "$HERE/evaluate.py" --ckpt "$out/$ckpt.pt"
     fi
   done
-  settings+=("$model|$*")
+  settings+=("${out%-s*}") # runs that differ in the seed only
 }
 
 if [ ! -f "$DATA/stats.json" ]; then
@@ -108,13 +108,11 @@ for fold in $FOLDS; do
   done
   if [ "$(wc -w <<<"$SEEDS")" -gt 1 ]; then # an ensemble over seeds of each setting's averaged weights, or of its best
     for setting in "${settings[@]}"; do
-      members=() teachers=${setting#*|}
+      members=()
       for seed in $SEEDS; do
-        tail="$([ "$fold" = none ] || echo "-fold$fold")-s$seed"
-        out=$(run_of "${setting%%|*}" "${teachers// /+}")
-        members+=("$out/$([ -f "$out/wa.pt" ] && echo wa || echo best).pt")
+        members+=("$setting-s$seed/$([ -f "$setting-s$seed/wa.pt" ] && echo wa || echo best).pt")
       done
-      together=$EXP/ensemble-$(basename "${out%-s*}")/metrics-$(basename "${members[0]}" .pt)-eval.json
+      together=$EXP/ensemble-$(basename "$setting")/metrics-$(basename "${members[0]}" .pt)-eval.json
       newest=$(ls -t "${members[@]}" | head -1)
       [ "$together" -nt "$newest" ] || stage "ensemble $together" python_n "$HERE/evaluate.py" --ckpt "${members[@]}"
     done
