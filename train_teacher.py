@@ -190,32 +190,32 @@ def begin(args, data, val, device, suffix="", **meta):
     """Claim the folder, build the student and its optimizer, resume from last.pt if there is one -> the run: args, data, val,
     device, meta (what every weight file carries), model, optimizer, history (finished epochs), log and names of its columns
     (of the unfinished epoch), saved (when), stop (set by SIGTERM)."""
-    settings = claim(args, data, suffix)
+    settings = claim(args, data, suffix)  # which names args.out
+    path = args.out / "last.pt"
     meta |= {"classes": data.classes, "mean": data.mean, "std": data.std, "n_frames": data.n_frames, "task": data.task}
     meta |= {"sample_rate": data.stats["sample_rate"], "data": str(data.root.resolve()), "args": settings}
+    last = models.read_checkpoint(path) if path.exists() else {"history": [], "log": torch.zeros(0, COLUMNS_OF_LOG)}
+    models.check_same(path, (len(last["history"]), len(last["log"])))
+    if len(last["history"]) >= args.epochs:
+        print(f"{args.out} is trained already ({args.epochs} epochs); remove it to train again")
+        sys.exit(0)
     torch.manual_seed(args.seed)
     pretrained = {"no": False, "imagenet": True}.get(args.pretrained, args.pretrained)
     kd_head = getattr(args, "kd_head", False)
     model = models.build_model(args.model, len(data.classes), data.n_frames, pretrained, kd_head).to(device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     run = types.SimpleNamespace(
-        args=args, data=data, val=val, device=device, meta=meta, model=model, optimizer=optimizer,
-        history=[], log=torch.zeros(0, COLUMNS_OF_LOG), names=[], saved=time.monotonic(), stop=threading.Event(),
+        args=args, data=data, val=val, device=device, meta=meta, model=model, optimizer=optimizer, history=last["history"],
+        log=last["log"], names=last.get("names", []), saved=time.monotonic(), stop=threading.Event(),
     )  # fmt: skip
-    last = models.read_checkpoint(args.out / "last.pt") if (args.out / "last.pt").exists() else None
-    models.check_same(args.out / "last.pt", last and (last["epoch"], len(last["log"])))
-    if last:
-        run.history, run.log, run.names = last["history"], last["log"], last["names"]
-        if len(run.history) >= args.epochs:
-            print(f"{args.out} is trained already ({args.epochs} epochs); remove it to train again")
-            sys.exit(0)
-        print(f"resuming from {args.out / 'last.pt'}: epoch {len(run.history) + 1}, step {len(run.log)}")
+    if "state" in last:
+        print(f"resuming from {path}: epoch {len(run.history) + 1}, step {len(run.log)}")
         model.load_state_dict(last["state"])
         optimizer.load_state_dict(last["optimizer"])
     place_clips(args, data, device)
     if dataset.rank() == 0:
         check_disk(run)
-        if not last:
+        if "state" not in last:
             models.save_checkpoint(args.out / "ep-00.pt", model, **meta, epoch=0)
     signal.signal(signal.SIGTERM, lambda *_: run.stop.set())  # a pre-emption: the loop looks after each step
     return run
@@ -296,40 +296,39 @@ def save_last(run, log):
 
 def finish_epoch(run, log, began, clips):
     """Validate, log, and save ep-NN.pt, best.pt and last.pt, in the order in which a kill at any moment loses nothing."""
-    losses = torch.tensor(list(means(run, log).values()), device=run.device)
+    losses = torch.tensor([*means(run, log).values()], device=run.device)
     seconds = time.monotonic() - began  # means waited for the last step
     if dataset.world() > 1:
         torch.distributed.all_reduce(losses)
-    entry = {"epoch": len(run.history) + 1, "lr": run.optimizer.param_groups[0]["lr"]}
-    entry |= dict(zip(run.names, (losses / dataset.world()).tolist()))
-    speed = {"seconds": round(seconds, 2), "clips_per_second": round(clips / seconds, 2)}
-    entry |= speed | {"peak_gib": peak_gib(run.device)}
-    args, out, data, best, val = run.args, run.args.out, run.data, True, ""
+    args, out, epoch, best, val = run.args, run.args.out, len(run.history) + 1, True, ""
+    entry = {"epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"]}
+    entry |= dict(zip(run.names, (losses / dataset.world()).tolist())) | {"seconds": round(seconds, 2)}
+    entry |= {"clips_per_second": round(clips / seconds, 2), "peak_gib": peak_gib(run.device)}
     if run.val is not None:
-        how = {"precision": args.precision, "label": "validation"}
-        p, y = evaluate.predict(run.model, run.val, run.device, data.mean, data.std, **how)
+        how, main = {"precision": args.precision, "label": "validation"}, evaluate.MAIN_SCORE[run.val.task]
+        p, y = evaluate.predict(run.model, run.val, run.device, run.data.mean, run.data.std, **how)
         found = evaluate.scores(p, y, run.val.task)
         if not run.history:
             evaluate.report_absent(found["positives"], run.val)
-        finite = lambda v: v if math.isfinite(v) else None  # JSON has no infinite d'
-        entry |= {f"val_{k}": finite(found[k]) for k in ("mAP", "mAUC", "d_prime", "accuracy")}
-        entry["val_score"] = found[evaluate.MAIN_SCORE[run.val.task]]
+        for k in ("mAP", "mAUC", "d_prime", "accuracy"):
+            entry[f"val_{k}"] = found[k] if math.isfinite(found[k]) else None  # JSON has no infinite d'
+        entry["val_score"] = found[main]
         best = not run.history or entry["val_score"] > max(e["val_score"] for e in run.history)
-        val = f"  val {evaluate.MAIN_SCORE[run.val.task]} {100 * entry['val_score']:.2f}{' *' if best else ''}"
+        val = f"  val {main} {100 * entry['val_score']:.2f}{' *' if best else ''}"
     run.history.append(entry)
     run.log = torch.zeros(0, COLUMNS_OF_LOG)
     if dataset.rank() == 0:
-        meta = run.meta | {"epoch": entry["epoch"], "val_score": entry.get("val_score")}
-        models.save_checkpoint(out / f"ep-{entry['epoch']:02d}.pt", run.model, **meta)
+        meta = run.meta | {"epoch": epoch, "val_score": entry.get("val_score")}
+        models.save_checkpoint(out / f"ep-{epoch:02d}.pt", run.model, **meta)
         if best:
             models.save_checkpoint(out / "best.pt", run.model, **meta)
         lines = "".join(json.dumps(e) + "\n" for e in run.history)
         dataset.atomic_write(out / "log.jsonl", lambda p: p.write_text(lines))
     save_last(run, run.log)  # last of all: until it is there, the epoch is done again
     speed = f"{seconds:.0f} s, {entry['clips_per_second']:.0f} clips/s, peak {entry['peak_gib']:.1f} GiB"
-    done = f"epoch {entry['epoch']:2d}/{args.epochs}  loss {entry['loss']:.4f}{val}  lr {entry['lr']:.2e}"
+    done = f"epoch {epoch:2d}/{args.epochs}  loss {entry['loss']:.4f}{val}  lr {entry['lr']:.2e}"
     print(f"{done}  {speed}", flush=True)
-    if entry["epoch"] == args.epochs:
+    if epoch == args.epochs:
         print(f"wrote {out}: best.pt, last.pt, ep-NN.pt, log.jsonl")
 
 
