@@ -215,7 +215,7 @@ def build_model(name, n_classes, n_frames=1000, pretrained=False, kd_head=False)
             raise ValueError(f"'{name}' gives {tuple(z.shape)} features, not a (B, d, F, T) map: it is no plain CNN")
     model.spec = {"name": name, "n_classes": n_classes, "n_frames": n_frames, "kd_head": kd_head}
     if pretrained is True:
-        load_state(model, imagenet_state(tag), f"ImageNet weights {tag}")
+        load_pretrained(model, f"ImageNet weights {tag}", imagenet_state(tag))
     elif pretrained:
         load_pretrained(model, pretrained)
     return model
@@ -372,21 +372,16 @@ def to_cnn(model, state):
     return {rename(k): v for k, v in state.items()}
 
 
-def load_pretrained(model, path):
+def load_pretrained(model, path, state=None):
     """Start `model` from other people's (or our own) weights; prints what was left out, raises on anything unexpected.
 
     Understands timm state dicts (3-channel stems included; for an AST any ViT of its width and depth), the original AST
     release's .pth (`module.v.*`), Hugging Face ASTForAudioClassification weights (file or folder) and this project's
-    checkpoints. A head of another class count stays at its initialisation, and the printed line says so. Raises
-    FileNotFoundError, or ValueError with the keys that do not fit.
+    checkpoints. A head of another class count stays at its initialisation, and the printed line says so. Given a state
+    dict, `path` only names it. Raises FileNotFoundError, or ValueError with the keys that do not fit.
     """
-    load_state(model, read_weights(path), str(path))
-
-
-def load_state(model, state, source):
-    """load_pretrained on a state dict; `source` names it in messages."""
-    own = model.state_dict()
-    state, changed = to_ast(model, state, source) if isinstance(model, AST) else (to_cnn(model, state), [])
+    own, state = model.state_dict(), state or read_weights(path)
+    state, changed = to_ast(model, state, path) if isinstance(model, AST) else (to_cnn(model, state), [])
     for key, value in state.items():  # a 3-channel stem: the sum equals showing the spectrogram on all three channels
         if key in own and value.ndim == 4 and value.shape[1] == 3 and own[key].shape[1] == 1:
             state[key] = value.sum(1, keepdim=True)
@@ -405,9 +400,9 @@ def load_state(model, state, source):
     }
     if any(faults.values()):
         lists = "; ".join(f"{what} {len(keys)}: {', '.join(keys)}" for what, keys in faults.items() if keys)
-        raise ValueError(f"{source} does not fit {model.spec['name']}: {lists}")
+        raise ValueError(f"{path} does not fit {model.spec['name']}: {lists}")
     model.load_state_dict(state)
-    print(f"weights from {source}" + "".join(f"; {c}" for c in changed))
+    print(f"weights from {path}" + "".join(f"; {c}" for c in changed))
 
 
 # -------------------------------------------------------------------------------------------------- our own files
