@@ -244,9 +244,8 @@ def imagenet_state(tag):
 def read_weights(path):
     """The tensors of a .pth, .bin or .safetensors file, or of a Hugging Face folder, without wrappers' prefixes."""
     path = pathlib.Path(path)
-    if path.is_dir():
-        found = [path / n for n in ("model.safetensors", "pytorch_model.bin") if (path / n).exists()]
-        found += sorted(path.glob("*.pth"))  # the original AST release's
+    if path.is_dir():  # .pth: the original AST release's
+        found = [p for name in ("model.safetensors", "pytorch_model.bin", "*.pth") for p in sorted(path.glob(name))]
         if not found:
             raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin nor a .pth")
         path = found[0]
@@ -385,13 +384,12 @@ def load_pretrained(model, path, state=None):
     for key, value in state.items():  # a 3-channel stem: the sum equals showing the spectrogram on all three channels
         if key in own and value.ndim == 4 and value.shape[1] == 3 and own[key].shape[1] == 1:
             state[key] = value.sum(1, keepdim=True)
-    for head in ("mlp_head.", "head.", "kd_head."):
-        mine = {k: v.shape for k, v in own.items() if k.startswith(head)}
-        theirs = {k: v.shape for k, v in state.items() if k.startswith(head)}
-        if mine != theirs and (mine or head == "kd_head."):
+    for head in ("mlp_head", "head", "kd_head"):
+        mine, theirs = ({k: v.shape for k, v in s.items() if k.startswith(f"{head}.")} for s in (own, state))
+        if mine != theirs and (mine or head == "kd_head"):
             state = {k: v for k, v in state.items() if k not in theirs} | {k: own[k] for k in mine}
-            found = f"its {head[:-1]} is for other classes or of another kind" if theirs else f"no {head[:-1]} in it"
-            changed.append(f"{found}: ours starts at its initialisation" if mine else f"its {head[:-1]} was left out")
+            found = f"its {head} is for other classes or of another kind" if theirs else f"no {head} in it"
+            changed.append(f"{found}: ours starts at its initialisation" if mine else f"its {head} was left out")
     state = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | state  # old files lack these counters
     faults = {
         "missing": [k for k in own if k not in state],
