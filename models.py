@@ -73,8 +73,6 @@ class AST(nn.Module):
 
     def __init__(self, tag, n_classes, n_frames, kd_head):
         super().__init__()
-        if n_frames < PATCH:
-            raise ValueError(f"AST needs clips of at least {PATCH} frames, not {n_frames}: use a larger --clip-seconds")
         self.n_frames = n_frames
         self.grid = dataset.patch_grid(n_frames)
         self.v = timm.create_model(tag, num_classes=0)  # without DeiT's own two heads, which AST does not use
