@@ -230,7 +230,7 @@ def imagenet_state(tag):
     if not urllib.request.getproxies():
         try:
             socket.create_connection((hub.hostname, hub.port or 443), timeout=10).close()
-        except OSError:  # the hub's client would try for most of a minute before it looks into the cache
+        except OSError:  # the hub's client would retry for most of a minute, with a warning each time
             constants.HF_HUB_OFFLINE = True
     try:
         return timm.create_model(tag, pretrained=True).state_dict()
