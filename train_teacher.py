@@ -161,8 +161,9 @@ def claim(args, data, suffix=""):
     if (args.out / "args.json").exists():
         old = dataset.read_json(args.out / "args.json", "keep_epochs")
         other = sorted(k for k in settings.keys() - SAME_WEIGHTS if differs(old, k, settings[k], args.given))
+        other += sorted({"teacher"} & old.keys() - settings.keys())  # a distilled run, and now no --teacher
         if other and {p.name for p in args.out.glob("*.pt")} - {"ep-00.pt"}:  # else it ended before it had trained
-            changes = ", ".join(f"{k} {old.get(k)} -> {settings[k]}" for k in other)
+            changes = ", ".join(f"{k} {old.get(k)} -> {settings.get(k)}" for k in other)
             raise ValueError(f"{args.out} is a run with other settings ({changes}): give another --out, or remove it")
         settings["keep_epochs"] |= old["keep_epochs"]
     dataset.write_json(args.out / "args.json", settings)
@@ -194,9 +195,12 @@ def begin(args, data, val, device, suffix="", **meta):
     path = args.out / "last.pt"
     meta |= {"classes": data.classes, "mean": data.mean, "std": data.std, "n_frames": data.n_frames, "task": data.task}
     meta |= {"sample_rate": data.stats["sample_rate"], "data": str(data.root.resolve()), "args": settings}
-    last = models.read_checkpoint(path) if path.exists() else {"history": [], "log": torch.zeros(0, COLUMNS_OF_LOG)}
-    models.check_same(path, (len(last["history"]), len(last["log"])))
-    if len(last["history"]) >= args.epochs:
+    last = models.read_checkpoint(path) if path.exists() else None
+    history, log, names = (
+        (last[k] for k in ("history", "log", "names")) if last else ([], torch.zeros(0, COLUMNS_OF_LOG), [])
+    )
+    models.check_same(path, (len(history), len(log)))
+    if len(history) >= args.epochs:
         print(f"{args.out} is trained already ({args.epochs} epochs); remove it to train again")
         sys.exit(0)
     torch.manual_seed(args.seed)
@@ -205,17 +209,17 @@ def begin(args, data, val, device, suffix="", **meta):
     model = models.build_model(args.model, len(data.classes), data.n_frames, pretrained, kd_head).to(device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     run = types.SimpleNamespace(
-        args=args, data=data, val=val, device=device, meta=meta, model=model, optimizer=optimizer, history=last["history"],
-        log=last["log"], names=last.get("names", []), saved=time.monotonic(), stop=threading.Event(),
+        args=args, data=data, val=val, device=device, meta=meta, model=model, optimizer=optimizer,
+        history=history, log=log, names=names, saved=time.monotonic(), stop=threading.Event(),
     )  # fmt: skip
-    if "state" in last:
-        print(f"resuming from {path}: epoch {len(run.history) + 1}, step {len(run.log)}")
+    if last:
+        print(f"resuming from {path}: epoch {len(history) + 1}, step {len(log)}")
         model.load_state_dict(last["state"])
         optimizer.load_state_dict(last["optimizer"])
     place_clips(args, data, device)
     if dataset.rank() == 0:
         check_disk(run)
-        if "state" not in last:
+        if not last:
             models.save_checkpoint(args.out / "ep-00.pt", model, **meta, epoch=0)
     signal.signal(signal.SIGTERM, lambda *_: run.stop.set())  # a pre-emption: the loop looks after each step
     return run
