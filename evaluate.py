@@ -99,17 +99,14 @@ def predict(model, data, device, mean, std, batch_size=48, label="predict", prec
     on_gpu = device.type == "cuda"
 
     def host(at):
-        x = data.batch(mine[at : at + batch_size])[0]
-        return x.pin_memory() if on_gpu and not x.is_cuda else x
+        clips = mine[at : at + batch_size]
+        x = data.batch(clips)[0]
+        return clips, x.pin_memory() if on_gpu and not x.is_cuda else x
 
     with models.progress(len(mine), label) as bar:
-        for x in dataset.prefetch(host, range(0, len(mine), batch_size), device):
-            n = len(x)
-            x = x.to(device, non_blocking=True).float()
-            if disturb:
-                x = dataset.augment(x, *disturb(mine[len(found) * batch_size :][:n]), mean, std)
-            else:
-                x = dataset.normalise(x, mean, std)
+        for clips, x in dataset.prefetch(host, range(0, len(mine), batch_size), device):
+            n, x = len(clips), x.to(device, non_blocking=True).float()
+            x = dataset.augment(x, *disturb(clips), mean, std) if disturb else dataset.normalise(x, mean, std)
             if on_gpu and n < batch_size:  # the last batch keeps the shape that was compiled
                 x = F.pad(x, (0, 0, 0, 0, 0, batch_size - n))
             with models.autocast(device, precision):
