@@ -69,12 +69,6 @@ def labels_of(items, pool=True):
     return labels
 
 
-def score(model, meta, data, device, label, disturb=None):
-    """The task's main score, in [0, 1]"""
-    p, y = evaluate.predict(model, data, device, meta["mean"], meta["std"], label=label, disturb=disturb)
-    return evaluate.scores(p, y, data.task)[evaluate.MAIN_SCORE[data.task]]
-
-
 def pooled(labels, rows):
     """{label: its rows (n, m)}, in the order of the labels. A checkpoint has (m,), or (seeds, m), which it keeps where it is
     alone and of which several of a label give their means; cut to the m that all of them have."""
@@ -164,15 +158,16 @@ def disturbance(kind, level, seed, data, device):
 def drops(path, args, device):
     """A checkpoint's clean score, and by disturbance, (SEEDS, levels), its drop in %: 100 (clean - disturbed) / clean"""
     model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
-    clean, drop = score(model, meta, data, device, f"{path}, clean"), {}
+    clean, drop = evaluate.main_score(model, meta, data, device, f"{path}, clean"), {}
     if not clean > 0:
         raise ValueError(f"{path} scores {clean} on clean input and has nothing to lose: give a trained checkpoint")
     for kind in args.disturb:
         drop[kind] = np.zeros((SEEDS, len(LEVELS[kind][0])))
         for seed, i in np.ndindex(drop[kind].shape):
             level = LEVELS[kind][0][i]
+            label = f"{path}, {kind} {level}, seed {seed + 1} of {SEEDS}"
             disturb = disturbance(kind, level, seed, data, device)
-            found = score(model, meta, data, device, f"{path}, {kind} {level}, seed {seed + 1} of {SEEDS}", disturb)
+            found = evaluate.main_score(model, meta, data, device, label, disturb)
             drop[kind][seed, i] = 100 * (clean - found) / clean
     return {"taught": bool(meta.get("teachers")), "score": evaluate.MAIN_SCORE[data.task], "clean": clean, "drop": drop}
 
@@ -374,7 +369,8 @@ def score_epochs(run, entry, args, device, keep):
             print(f"{run}: scored on {len(data)} clips of {args.split} and {len(splits['train'])} of {train}")
         known.clear()
         for split, data in splits.items():
-            known[split] = score(model, meta, data, device, f"{run}, epoch {epoch} of {len(entry['scores'])}, {split}")
+            label = f"{run}, epoch {epoch} of {len(entry['scores'])}, {split}"
+            known[split] = evaluate.main_score(model, meta, data, device, label)
         known["modified"] = path.stat().st_mtime
         keep()
 
@@ -427,7 +423,7 @@ def curves(args, device):
 def scored(path, args, device):
     """-> a checkpoint's main score, its meta"""
     model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
-    return score(model, meta, data, device, str(path)), meta
+    return evaluate.main_score(model, meta, data, device, str(path)), meta
 
 
 def teachers(args, device):

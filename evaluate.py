@@ -124,6 +124,12 @@ def predict(model, data, device, mean, std, batch_size=48, label="predict", prec
     return found.cpu().numpy(), y.numpy()
 
 
+def main_score(model, meta, data, device, label, disturb=None):
+    """The score that chooses and that tables show, in [0, 1], of a checkpoint's model on a data set"""
+    p, y = predict(model, data, device, meta["mean"], meta["std"], label=label, disturb=disturb)
+    return scores(p, y, data.task)[MAIN_SCORE[data.task]]
+
+
 def check_labels(what, meta, data):
     """ValueError unless a checkpoint's classes and task are those of a data set; another clip length is printed."""
     if meta["classes"] != data.classes:
@@ -327,9 +333,7 @@ def average_run(run, device, keep_epochs=False, root=None):
             model.to(device)
             for epoch, mean in zip(range(len(paths), 0, -1), running_means(paths)):
                 model.load_state_dict(mean)
-                label = f"average {epoch}-{len(paths)}"
-                p, y = predict(model, data, device, meta["mean"], meta["std"], label=label)
-                score = scores(p, y, data.task)[MAIN_SCORE[data.task]]
+                score = main_score(model, meta, data, device, f"average {epoch}-{len(paths)}")
                 if best is None or score > best:
                     start, best, state = epoch, score, mean
             print(f"{run}: epochs {start}-{args['epochs']} are best on val, {MAIN_SCORE[data.task]} {100 * best:.2f}")

@@ -309,7 +309,7 @@ def test_curves_score_each_epoch_once_and_fall_back_to_the_log(runs, multi, tmp_
     both, val = (content(tmp_path / out, "curves")[str(runs / "cnn-s0")]["scores"] for out in ("both", "val"))
     assert both["1"]["train"] == val["1"]["train"] and both["1"]["val"] == val["1"]["val"]
 
-    monkeypatch.setattr(analyze, "score", None)  # nothing may be scored again
+    monkeypatch.setattr(evaluate, "main_score", None)  # nothing may be scored again
     assert "lacks" not in inside("analyze.py", "curves", *folders, "--out", tmp_path)
     hidden = (runs / "cnn-s0" / "ep-01.pt").rename(runs / "hidden.pt")
     try:
