@@ -363,9 +363,8 @@ def mean_and_deviation(results, key, one_seed):
     whole = [v for v in by_seed.values() if len(v) == max(map(len, by_seed.values()))]
     if not whole:
         return "-"
-    values = [statistics.mean(v) for v in whole]
-    several = whole[0] if one_seed else values
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(several):.1f}" if len(several) > 1 else "")
+    values = whole[0] if one_seed else [statistics.mean(v) for v in whole]
+    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
 
 
 def setting(run):
@@ -395,27 +394,26 @@ def summary(folder):
     order = sorted(settings, key=lambda g: (len(next(iter(settings[g].values()))[0]["teachers"]) > 0, g))
     every = [r for g in order for found in settings[g].values() for r in found]
     main, other = ("mAP", "mAUC") if every[0]["task"] == "multi-label" else ("accuracy", "mAP")
-    names = {"best": "best", "wa": "averaged", "ensemble": "ensemble"}
-    names |= {c: c for g in order for c in sorted(settings[g]) if c not in names}  # last, ep-05, ...
-    names = {c: title for c, title in names.items() if any(c in settings[g] for g in order)}
+    titles, found = {"best": "best", "wa": "averaged", "ensemble": "ensemble"}, set().union(*settings.values())
+    ckpts = [c for c in titles if c in found] + sorted(found - titles.keys())  # those without a title: last, ep-05, ...
     folds, seeds = (sorted({r[k] for r in every} - {None}) for k in ("fold", "seed"))
     val = ["val"] * any(r.get("val_score") is not None for r in every)  # of the best epoch: it chooses between settings
-    lines = [["run", "student", "M params", "teachers", "runs", *val, *[f"{t} {main}" for t in names.values()], other]]
+    columns = [*val, *(f"{titles.get(c, c)} {main}" for c in ckpts), other]
+    lines = [["run", "student", "M params", "teachers", "runs", *columns]]
     for g in order:
-        first = next(settings[g][c] for c in names if c in settings[g])
+        first = next(settings[g][c] for c in ckpts if c in settings[g])
         one = first[0]
         line = [g, one["model"], f"{one['params'] / 1e6:.1f}", " + ".join(one["teachers"]) or "no KD", str(len(first))]
-        line += [mean_and_deviation(first, "val_score", len(seeds) == 1) for _ in val]
-        line += [mean_and_deviation(settings[g].get(c, []), main, len(seeds) == 1) for c in names]
-        lines.append([*line, mean_and_deviation(first, other, len(seeds) == 1)])
-    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+        cells = [(first, "val_score") for _ in val] + [(settings[g].get(c, []), main) for c in ckpts] + [(first, other)]
+        lines.append(line + [mean_and_deviation(results, key, len(seeds) == 1) for results, key in cells])
+    widths = [max(map(len, column)) for column in zip(*lines)]
     rows = ["| " + " | ".join(v.ljust(w) for v, w in zip(line, widths)) + " |" for line in lines]
     rows.insert(1, "|" + "|".join("-" * (w + 2) for w in widths) + "|")
     over = "seeds" + (", each a mean over its folds" if folds else "")
     over = "folds of the one seed" if folds and len(seeds) == 1 else over
     what = f"fold{'s' * (len(folds) > 1)} {', '.join(map(str, folds))}" if folds else "eval split"
-    clips = sorted({r["clips"] for r in every})
-    what += f" ({'-'.join(map(str, clips[:: len(clips) - 1 or 1]))} clips)"
+    clips = {r["clips"] for r in every}
+    what += f" ({'-'.join(map(str, sorted({min(clips), max(clips)})))} clips)"
     text = f"{folder.name}, {what}; in percent, mean ± standard deviation over {over}\n\n" + "\n".join(rows) + "\n"
     dataset.atomic_write(folder / "summary.md", lambda p: p.write_text(text, encoding="utf-8"))
     print(text)
