@@ -223,7 +223,7 @@ def print_scores(found, classes, ap, positives):
     """The scores in percent (d' is none), and the five best and the five worst classes by AP."""
     values = {k: f"{100 * found[k]:.2f}" for k in ("mAP", "mAUC", "accuracy")} | {"d'": f"{found['d_prime']:.3f}"}
     print("  ".join(f"{k:>8}" for k in values) + "\n" + "  ".join(f"{v:>8}" for v in values.values()))
-    order = sorted(np.flatnonzero(positives), key=lambda c: -ap[c])
+    order = np.argsort(-ap, kind="stable")[: np.count_nonzero(positives)]  # NaN, of no positives, comes last
     for title, chosen in (("best", order[:5]), ("worst", order[5:][-5:])):
         for c in chosen:
             print(f"{title:>8}  {100 * ap[c]:8.2f}  {short(classes[c])} ({positives[c]} clips)")
@@ -253,16 +253,14 @@ def save_figure(fig, *paths, dpi=130):
 
 
 def draw_classes(path, classes, ap, positives):
-    """The AP of every class that has a positive, from the best to the worst, a hundred to a column."""
-    order = sorted(np.flatnonzero(positives), key=lambda c: -ap[c])
-    columns = max(1, math.ceil(len(order) / 100))
-    rows = math.ceil(len(order) / columns)
-    fig, axes = figure(1 + 4.5 * columns, 1 + 0.16 * rows, 1, columns, grid="x")
-    for ax, at in zip(axes, range(0, len(order), max(1, rows))):
-        part = order[at : at + rows]
-        ax.barh(range(len(part)), [100 * ap[c] for c in part], height=0.7)
+    """The AP of every class that has a positive, from the best to the worst, up to a hundred in a column."""
+    order = np.argsort(-ap, kind="stable")[: np.count_nonzero(positives)]
+    parts = np.array_split(order, max(1, math.ceil(len(order) / 100)))  # the first is as long as any
+    fig, axes = figure(1 + 4.5 * len(parts), 1 + 0.16 * len(parts[0]), 1, len(parts), grid="x")
+    for ax, part in zip(axes, parts):
+        ax.barh(range(len(part)), 100 * ap[part], height=0.7)
         ax.set_yticks(range(len(part)), [f"{short(classes[c])} ({positives[c]})" for c in part], fontsize=7)
-        ax.set(xlim=(0, 100), ylim=(rows - 0.5, -0.5), xlabel="AP (%)")
+        ax.set(xlim=(0, 100), ylim=(len(parts[0]) - 0.5, -0.5), xlabel="AP (%)")
     fig.suptitle(f"mean {100 * np.nanmean(ap):.1f} %, in brackets the clips of a class", fontsize=9)
     save_figure(fig, path)
 
