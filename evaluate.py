@@ -133,7 +133,7 @@ def main_score(model, meta, data, device, label, disturb=None):
 def check_labels(what, meta, data):
     """ValueError unless a checkpoint's classes and task are those of a data set; another clip length is printed."""
     if meta["classes"] != data.classes:
-        pairs = zip([*meta["classes"], "(none)"], [*data.classes, "(none)"])  # a shorter list ends in (none)
+        pairs = itertools.zip_longest(meta["classes"], data.classes, fillvalue="(none)")
         theirs, ours = next((a, b) for a, b in pairs if a != b)
         counts = f"{len(meta['classes'])} and {len(data.classes)}"
         raise ValueError(f"{what} and {data.root} differ in classes ({counts}), first: {theirs} and {ours}")
@@ -641,13 +641,12 @@ def export_onnx(path, model, meta):
         import onnxruntime
     except ImportError as e:
         raise ValueError(f"--export {path} needs onnx and onnxruntime: pip install onnx onnxruntime") from e
-    multi = meta["task"] == "multi-label"
     facts = {k: str(meta[k]) for k in ("mean", "std", "sample_rate", "task", "n_frames")} | {
         "classes": json.dumps(meta["classes"]),
         "model": meta["model"]["name"],
         "input": "log-mel in nats of Kaldi's fbank (16 kHz mono in [-1, 1], 25 ms Hanning windows every 10 ms, DC removed, preemphasis "
         "0.97, 128 bins from 20 Hz, no dither), 0.0 after the end of a clip, then normalised: (x - mean) / (2 std)",
-        "output": f"logits: {'sigmoid' if multi else 'softmax'} makes them probabilities",
+        "output": f"logits: {'sigmoid' if meta['task'] == 'multi-label' else 'softmax'} makes them probabilities",
     }
     x = torch.randn(3, meta["n_frames"], dataset.N_MELS) / 2  # of the spread of normalised log-mel
     names = {"input_names": ["log_mel"], "output_names": ["logits"]}
