@@ -491,18 +491,18 @@ def stream_audio(path, window, hop):
 
 def open_taggers(a, device):
     """The checkpoints of --ckpt, window and hop in s; ValueError for flags that do not fit them."""
-    loaded = [models.load_checkpoint(path) for path in a.ckpt]
-    first, lengths = loaded[0][1], [m.n_frames / 100 for m, _ in loaded if isinstance(m, models.AST)]
-    for path, (model, meta) in zip(a.ckpt, loaded):
-        model.to(device)
+    loaded = [(model.to(device), meta) for model, meta in map(models.load_checkpoint, a.ckpt)]
+    first = loaded[0][1]
+    limit = min([m.n_frames / 100 for m, _ in loaded if isinstance(m, models.AST)], default=math.inf)  # s
+    for path, (_, meta) in zip(a.ckpt, loaded):
         if (meta["classes"], meta["task"]) != (first["classes"], first["task"]):
             raise ValueError(f"{path} and {a.ckpt[0]} differ in classes or task: they cannot be an ensemble")
     window = min(meta["n_frames"] for _, meta in loaded) / 100 if a.window is None else a.window
     hop = window / 2 if a.hop is None else a.hop
     if not 0.1 <= window <= 3600 or not 0.01 <= hop <= window:
         raise ValueError(f"--window {window:g} --hop {hop:g}: a window lasts 0.1 to 3600 s, a hop 0.01 s to one window")
-    if lengths and window > min(lengths):
-        raise ValueError(f"--window {window:g} is longer than the {min(lengths):g} s that this AST takes")
+    if window > limit:
+        raise ValueError(f"--window {window:g} is longer than the {limit:g} s that this AST takes")
     if a.frames and (len(loaded) > 1 or models.family(first["model"]["name"]) != "cnn"):
         raise ValueError("--frames works with one CNN, no AST, hybrid or ensemble: use --json, tags by window")
     if a.embed and len(loaded) > 1:
@@ -513,21 +513,19 @@ def open_taggers(a, device):
             raise ValueError(f"--{flag} {path} must end in {' or '.join(endings)}")
     if a.top < 1:
         raise ValueError(f"--top {a.top} is out of range: it must be at least 1")
-    if lengths:
-        print(f"an AST takes {min(lengths):g} s: shorter clips are padded with 0.0 log-mel, as in training")
+    if limit < math.inf:
+        print(f"an AST takes {limit:g} s: shorter clips are padded with 0.0 log-mel, as in training")
     return loaded, window, hop
 
 
 @torch.no_grad()
 def tag_file(path, loaded, window, hop, device, bar, frames, embed):
-    """-> spans [(start, end)] in s and probabilities (W, C) of the windows, frame tags [(start, end, probabilities (C,))] that
-    follow each other, features (d,); the last two where they are wanted.
-
-    CNNs and hybrids take a window at its own length, an AST pads it to its own. Errors are those of stream_audio.
-    """
+    """-> windows [(start, end, probabilities (C,))] in s, frame tags of the same form that follow each other, features
+    (d,); the last two where they are wanted. CNNs and hybrids take a window at its own length, an AST pads it to its own.
+    Errors are those of stream_audio."""
     import prep_data
 
-    spans, found, tags, features = [], [], [], 0
+    windows, tags, features = [], [], []
     for start, samples in stream_audio(path, window, hop):
         mel = prep_data.fbank(samples).half().float().to(device)  # (n, F), rounded as a prepared clip
         end, p = start + len(samples) / dataset.SAMPLE_RATE, 0
@@ -537,10 +535,10 @@ def tag_file(path, loaded, window, hop, device, bar, frames, embed):
             x = dataset.normalise(F.pad(mel, (0, 0, 0, T - len(mel)))[None], meta["mean"], meta["std"])  # (1, T, F)
             with models.autocast(device):
                 logits = (model.frame_logits(x) if frames else model(x)[:, None]).float()  # (1, T', C)
-                features = features + model.features(x)[0].float().cpu().numpy() if embed else None
+                if embed:
+                    features.append(model.features(x)[0].float().cpu().numpy())
             p = p + probabilities(logits.mean(1), meta["task"])[0].cpu().numpy() / len(loaded)
-        spans.append((start, end))
-        found.append(p)
+        windows.append((start, end, p))
         step = model.backbone.feature_info[-1]["reduction"] / 100 if frames else None  # s
         columns = probabilities(logits[0], meta["task"]).cpu().numpy() if frames else []
         for i, q in enumerate(columns):
@@ -549,7 +547,7 @@ def tag_file(path, loaded, window, hop, device, bar, frames, embed):
             if till - since > 0.005:  # the next window begins before this one ends
                 tags.append((since, till, q))
         bar.update()
-    return spans, np.stack(found), tags, features / len(spans) if embed else None
+    return windows, tags, np.mean(features, 0) if embed else None
 
 
 def tag(a, device):
@@ -567,21 +565,21 @@ def tag(a, device):
     with models.progress(None, "tags", unit="window") as bar:
         for n, path in enumerate(files, 1):
             try:
-                spans, p, tags, z = tag_file(path, loaded, window, hop, device, bar, frames, a.embed)
+                windows, tags, z = tag_file(path, loaded, window, hop, device, bar, frames, a.embed)
             except (prep_data.soundfile.SoundFileError, ValueError, OSError) as e:
                 failed.append(f"{path}: {' '.join(str(e).split())}")
                 bar.write(f"skipped {failed[-1]}", file=sys.stderr)
                 continue
-            one = {"file": str(path), "seconds": round(spans[-1][1], 3), "tags": best(p.mean(0))}
-            one["windows"] = [{"start": s, "end": round(e, 3), "tags": best(q)} for (s, e), q in zip(spans, p)]
+            p = np.mean([q for *_, q in windows], 0)
+            one = {"file": str(path), "seconds": round(windows[-1][1], 3), "tags": best(p)}
+            one["windows"] = [{"start": s, "end": round(e, 3), "tags": best(q)} for s, e, q in windows]
             bar.write(as_text(one))
             found.append(one)
             features.append(z)
             rows += [(path, f"{s:.2f}", f"{e:.2f}", q) for s, e, q in tags] if a.frames else []
             if a.plot:
                 out = a.plot if len(files) == 1 else a.plot.with_stem(f"{a.plot.stem}-{n}")
-                tags = tags or [(*span, q) for span, q in zip(spans, p)]
-                draw_tags(out, path, [classes.index(t["class"]) for t in one["tags"]], classes, tags)
+                draw_tags(out, path, (-p).argsort()[: a.top], classes, tags or windows)
     if a.json and found:
         dataset.write_json(a.json, found)
     if a.frames and found:
