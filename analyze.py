@@ -420,17 +420,12 @@ def curves(args, device):
 # ------------------------------------------------------------------------------------ teachers over epochs, Figure 2
 
 
-def scored(path, args, device):
-    """-> a checkpoint's main score, its meta"""
-    model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
-    return evaluate.main_score(model, meta, data, device, str(path)), meta
-
-
 def teachers(args, device):
     """Student against teacher score over the teacher's epochs; students without a teacher are the dashed baselines."""
     points, baselines = [], {}
     for label, path in parse(args.ckpt):
-        student, meta = scored(path, args, device)
+        model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
+        student = evaluate.main_score(model, meta, data, device, str(path))
         name, known = meta["model"]["name"], meta["args"].get("teacher", [])
         if not known:
             baselines.setdefault(name, []).append(student)
@@ -438,7 +433,8 @@ def teachers(args, device):
         if len(known) > 1 or not os.path.isfile(known[0]):
             fault = f"{len(known)} teachers" if len(known) > 1 else f"a teacher that is not at {known[0]}"
             raise ValueError(f"{path} has {fault}: give students of one teacher, in the folder of their training")
-        teacher, theirs = scored(known[0], args, device)
+        model, theirs, data = evaluate.open_checkpoint(known[0], args.split, args.data, device)
+        teacher = evaluate.main_score(model, theirs, data, device, known[0])
         label = label or f"{theirs['model']['name']} to {name}"
         points.append({"label": label, "model": name, "checkpoint": str(path), "student_score": student})
         points[-1] |= {"teacher": known[0], "teacher_score": teacher, "teacher_epoch": theirs["epoch"]}
