@@ -102,14 +102,14 @@ def print_table(header, rows):
 
 
 def draw(entries, panels):
-    """A panel for each (values of an entry, x, settings of its axes): the mean of each label's entries {"label", "taught", ...}
-    and a band of their deviation -> figure, [(axes, {label: rows})]"""
+    """A panel for each (values of each entry, x, settings of its axes): the mean over the entries {"label", "taught", ...} of
+    a label and a band of their deviation -> figure, [(axes, {label: rows})]"""
     labels, taught, found = [e["label"] for e in entries], {e["label"]: e["taught"] for e in entries}, []
     rows = 1 + (len(panels) > 3)
     columns = math.ceil(len(panels) / rows)
     fig, axes = evaluate.figure(3.7 * columns, 3.2 * rows, rows, columns, grid="both")
     for ax, (values, x, settings) in zip(axes, panels):
-        found.append((ax, pooled(labels, [values(e) for e in entries])))
+        found.append((ax, pooled(labels, values)))
         for i, (label, lines) in enumerate(found[-1][1].items()):
             mean, deviation = spread(lines)
             at = x[: len(mean)]
@@ -185,7 +185,7 @@ def robustness(args, device):
     for kind in args.disturb:
         levels, unit = LEVELS[kind]
         names = {"title": f"Random {kind}", "xlabel": unit, "ylabel": f"drop of {what} (%)"}
-        panels.append((lambda e, kind=kind: e["drop"][kind], levels, names | {"xticks": levels, "xticklabels": levels}))
+        panels.append(([e["drop"][kind] for e in entries], levels, names | {"xticks": levels, "xticklabels": levels}))
     fig, drawn = draw(entries, panels)
     for kind, (_, lines) in zip(args.disturb, drawn):
         header = [f"drop of {what} (%) by {LEVELS[kind][1]}", "clean", *LEVELS[kind][0]]
@@ -335,7 +335,7 @@ def attention(args, device):
     x, kinds = range(1, len(t) + 1), (("mel_bins", "Frequency", "mel bins"), ("time_ms", "Time", "ms"))
     for key, title, unit in kinds:
         names = {"title": title, "xlabel": "layer", "ylabel": f"mean attention distance ({unit})", "xticks": x}
-        panels.append((lambda e, key=key: e[key], x, names))
+        panels.append(([e[key] for e in entries], x, names))
     fig, drawn = draw(entries, panels)
     for (_, lines), (_, title, unit) in zip(drawn, kinds):
         header = [f"attention distance in {title.lower()} ({unit}), layer", *x]
@@ -389,18 +389,18 @@ def curves(args, device):
         content[str(run)] |= {"val": log.get("val_score", []), "data": data, "scores": scores}
         if any({"train", args.split} - scores[e].keys() and not (run / f"ep-{e:>02}.pt").exists() for e in scores):
             pruned = pruned or run
-    panels = {"training loss": lambda c: c["loss"]}
+    entries, labels = list(content.values()), [c["label"] for c in content.values()]
+    panels = {"training loss": [c["loss"] for c in entries]}
     if not pruned:
         for run, entry in content.items():
             score_epochs(pathlib.Path(run), entry, args, device, lambda: dataset.write_json(path, content))
         for split in ("train", args.split):
-            panels[f"{split} score (%)"] = lambda c, s=split: [100 * known[s] for known in c["scores"].values()]
+            panels[f"{split} score (%)"] = [[100 * known[split] for known in c["scores"].values()] for c in entries]
     else:
         print(f"{pruned} lacks ep-NN.pt (--keep-epochs keeps them): no score on train and {args.split} by epoch")
-        if all(c["val"] for c in content.values()):
-            panels["validation score (%)"] = lambda c: [100 * v for v in c["val"]]
-    entries, labels = list(content.values()), [c["label"] for c in content.values()]
-    x, header = range(1, max(len(c["loss"]) for c in entries) + 1), [f"{title}: best" for title in panels]
+        if all(c["val"] for c in entries):
+            panels["validation score (%)"] = [[100 * v for v in c["val"]] for c in entries]
+    x = range(1, max(len(c["loss"]) for c in entries) + 1)
     fig, drawn = draw(entries, [(values, x, {"xlabel": "epoch", "ylabel": title}) for title, values in panels.items()])
     table = {label: [label, labels.count(label)] for label in labels}
     for ax, lines in drawn:
@@ -413,7 +413,8 @@ def curves(args, device):
     limits = [v for ax in fig.axes[1:] for v in ax.get_ylim()]
     for ax in fig.axes[1:]:  # side by side: the same scale
         ax.set_ylim(min(limits), max(limits))
-    print_table(["", "runs", *(v for title in header for v in (title, "epoch", "last"))], list(table.values()))
+    header = [v for title in panels for v in (f"{title}: best", "epoch", "last")]
+    print_table(["", "runs", *header], list(table.values()))
     save("curves", content, fig, args.out)
 
 
