@@ -95,7 +95,7 @@ def cells(rows):
 
 
 def print_table(header, rows):
-    widths = [max(len(str(line[i])) for line in [header, *rows]) for i in range(len(header))]
+    widths = [max(len(str(v)) for v in column) for column in zip(header, *rows)]
     for line in [header, *rows]:
         print(str(line[0]).ljust(widths[0]), *(str(v).rjust(w) for v, w in zip(line[1:], widths[1:])), sep="  ")
     print()

@@ -89,11 +89,8 @@ def probabilities(logits, task):
 
 @torch.no_grad()
 def predict(model, data, device, mean, std, batch_size=48, label="predict", precision=None, disturb=None):
-    """Probabilities (N, C) float32 and targets (N, C) of a data set, in its order, on every rank.
-
-    Ranks take every world-th clip and gather once. disturb(clips) gives the draws and
-    the noise with which dataset.augment changes these clips (Section 4.3, analyze.py).
-    """
+    """Probabilities (N, C) float32 and targets (N, C) of a data set, in its order, on every rank: each takes every world-th
+    clip. disturb(clips) gives the draws and the noise with which dataset.augment changes these clips (Section 4.3)."""
     model.eval()
     mine, found = np.arange(rank(), len(data), world()), []
     on_gpu = device.type == "cuda"
@@ -285,11 +282,8 @@ def draw_confusion(path, classes, true, predicted):
 
 
 def running_means(paths):
-    """Yield, from the last of these checkpoint files to the first, the mean of the weights from it to the last: a state dict.
-
-    Each file is read once. BatchNorm statistics are averaged like weights; integer counters come from the last file. Sums
-    are in float64.
-    """
+    """Yield, from the last of these checkpoint files to the first, the mean of the weights from it to the last: a state
+    dict. BatchNorm statistics are averaged like weights; integer counters are the last file's. Sums are in float64."""
     total = None
     for n, path in enumerate(reversed(paths), 1):
         state = models.read_checkpoint(path)["state"]
@@ -306,10 +300,8 @@ def average_weights(paths):
 
 
 def average_run(run, device, keep_epochs=False, root=None):
-    """Write run/wa.pt by its recipe's protocol (Section 4.6): epochs s..last, s chosen on validation or by the table.
-
-    The search scores every running mean, from the last epoch to the first. Prunes ep-*.pt unless told to keep them.
-    """
+    """Write run/wa.pt by its recipe's protocol (Section 4.6): epochs s..last, s chosen on validation, where every running
+    mean is scored, or by the table. Prunes ep-*.pt unless told to keep them."""
     if rank() == 0:
         dataset.lock(run)
     args = dataset.read_json(run / "args.json", "epochs", "average", "keep_epochs")
