@@ -377,7 +377,8 @@ def score_epochs(run, entry, args, device, keep):
 
 def curves(args, device):
     """Training loss (the one against the labels, Loss_g), and train and eval score by epoch; without ep-NN.pt the validation
-    score of the log instead. The best epoch of each mean is starred. curves.json keeps the scores for a rerun."""
+    score of the log instead. A star marks the epoch that is best on validation, or in the panel where there is none.
+    curves.json keeps the scores for a rerun."""
     items, path = parse(args.ckpt, "log.jsonl"), args.out / "curves.json"
     old, data = dataset.read_json(path) if path.exists() else {}, args.data and str(args.data.resolve())
     content, pruned = {}, None
@@ -403,10 +404,11 @@ def curves(args, device):
     x = range(1, max(len(c["loss"]) for c in entries) + 1)
     fig, drawn = draw(entries, [(values, x, {"xlabel": "epoch", "ylabel": title}) for title, values in panels.items()])
     table = {label: [label, labels.count(label)] for label in labels}
+    val = pooled(labels, [c["val"] for c in entries]) if all(c["val"] for c in entries) else {}
     for ax, lines in drawn:
         ax.xaxis.get_major_locator().set_params(integer=True)
         for i, (label, mean) in enumerate((label, rows.mean(0)) for label, rows in lines.items()):
-            best = int(mean.argmin() if ax is fig.axes[0] else mean.argmax())
+            best = int(mean.argmin() if ax is fig.axes[0] else (val or lines)[label].mean(0).argmax())
             table[label] += [f"{mean[best]:.4g}", best + 1, f"{mean[-1]:.4g}"]
             if ax is not fig.axes[0]:
                 ax.plot(best + 1, mean[best], "*", color=f"C{i}", ms=12, mec="k", mew=0.6, zorder=3)

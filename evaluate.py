@@ -369,8 +369,9 @@ def read_results(folder):
         run = setting(path.parent.name)
         name = path.stem.removeprefix("metrics-").removesuffix("-eval")
         if run.startswith("ensemble-"):
-            if name != "wa" and path.with_name("metrics-wa-eval.json").exists():
-                continue  # the ensemble of the averaged weights counts
+            others = [path.with_name(f"metrics-{c}-eval.json") for c in ("wa", "best")]
+            if path != next((p for p in others if p.exists()), path):
+                continue  # of one setting's ensembles that of the averaged weights counts, else of the best
             run, name = run.removeprefix("ensemble-"), "ensemble"
         settings.setdefault(run, {}).setdefault(name, []).append(dataset.read_json(path, *facts))
     if not settings:

@@ -323,6 +323,18 @@ def test_curves_score_each_epoch_once_and_fall_back_to_the_log(runs, multi, tmp_
     content(tmp_path / "new", "curves")
 
 
+def test_curves_star_the_epoch_that_is_best_on_validation(runs, tmp_path):
+    run, out = shutil.copytree(runs / "cnn-s0", tmp_path / "cnn-s0"), tmp_path / "out"
+    log = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    for best in range(1, len(log) + 1):
+        lines = (json.dumps(e | {"val_score": float(e["epoch"] == best)}) + "\n" for e in log)
+        (run / "log.jsonl").write_text("".join(lines))
+        line = next(v for v in inside("analyze.py", "curves", run, "--out", out).splitlines() if v.startswith("cnn "))
+        assert [line.split()[i] for i in (6, 9)] == [str(best)] * 2  # of train and of eval
+        known = content(out, "curves")[str(run)]["scores"][str(best)]
+        assert line.split()[8] == f"{100 * known['eval']:.4g}"
+
+
 def test_teachers_by_epoch(runs, tmp_path):
     students = [runs / "cnn-s0", runs / "cnn-from-ast1-s0", runs / "cnn-from-ast2-s0"]
     output = inside("analyze.py", "teachers", *students, "--out", tmp_path)

@@ -409,6 +409,13 @@ def test_bad_input_gets_one_sentence(flags, words, multi, teachers, tmp_path):
     assert not (tmp_path / "kd" / "ep-00.pt").exists()
 
 
+def test_supervised_training_does_not_take_over_a_distilled_run(trained, multi):
+    name = next(iter(SETTINGS))
+    flags = ["--data", multi, "--model", AST, *TINY, "--lr", LR, "--out", trained(name)[0]]
+    output = inside("train_teacher.py", *flags)
+    assert output.startswith("error: ") and "is a run with other settings (teacher [" in output, output
+
+
 def test_esc50_from_random_weights_is_taught_at_1(tmp_path, monkeypatch):
     folder = write_prepared(tmp_path / "esc", {"1": 12, "2": 12}, False, source="esc50")
     teacher = write_teacher(tmp_path / "t.pt", AST, dataset.FbankDataset(folder, "train", 1))

@@ -460,13 +460,13 @@ def test_summary_over_folds_of_one_seed(tmp_path, capsys):
 
 
 def test_summary_of_ensembles(tmp_path, capsys):
-    """Of two settings over folds: one row. That of averaged weights counts, not that of the best epochs beside it."""
-    for fold, score in ((1, 0.6), (2, 0.8)):
-        for ckpt, less in (("best", 0.3), ("wa", 0)):
+    """Of two settings over folds: one row. That of averaged weights counts, else that of the best epochs, else of the last."""
+    for ckpt, less, shown in (("last", 0.4, "30.0 ± 14.1"), ("best", 0.3, "40.0 ± 14.1"), ("wa", 0, "70.0 ± 14.1")):
+        for fold, score in ((1, 0.6), (2, 0.8)):
             name = f"ensemble-cnn-fold{fold}+ast-fold{fold}"
             result(tmp_path, name, ckpt, score - less, task="single-label", fold=fold)
-    _, rows = table(tmp_path, capsys)
-    assert list(rows) == ["cnn+ast"] and rows["cnn+ast"]["ensemble accuracy"] == "70.0 ± 14.1"
+        _, rows = table(tmp_path, capsys)
+        assert list(rows) == ["cnn+ast"] and rows["cnn+ast"]["ensemble accuracy"] == shown
 
 
 def test_the_curves_of_a_hundred_runs_have_room(tmp_path, capsys):
