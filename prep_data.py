@@ -161,7 +161,7 @@ def read_mono(f, n):
     if kind == "float32" and not (np.abs(x) < 1e15).all():  # its power would not fit into float32
         raise ValueError("samples that are not finite, or of an absurd size")
     x = torch.from_numpy(x) if kind == "float32" else torch.from_numpy(x).float() / 32768
-    return x if x.ndim == 1 else x.mean(1)
+    return x if x.ndim == 1 else sum(x.unbind(1)) / x.shape[1]  # for two channels twice as fast as mean(1)
 
 
 def load_audio(path, seconds, member=None):
