@@ -139,6 +139,9 @@ def check_labels(what, meta, data):
     if meta["n_frames"] != data.n_frames:
         frames = f"{meta['n_frames']} frames, {data.root} has {data.n_frames}"
         print(f"{what} is for {frames}: an AST's positions are resampled")
+    tables = [*data.stats["tables"].values()]
+    if meta["args"].get("tables", tables) != tables:
+        print(f"{what} was trained on another preparation than {data.root}: its training clips may be among these")
 
 
 def open_for(meta, split, root=None):
@@ -445,8 +448,7 @@ def audio_files(paths):
 
     files = []
     for path in paths:
-        below = sorted(p for p in path.rglob("*") if p.suffix.lower() in prep_data.AUDIO and p.is_file())
-        below = below if path.is_dir() else [path]
+        below = sorted(map(pathlib.Path, prep_data.files_below(path))) if path.is_dir() else [path]
         if not below:
             raise ValueError(f"--audio {path}: this folder holds no audio ({' '.join(sorted(prep_data.AUDIO))})")
         files += below

@@ -30,6 +30,7 @@ import sys
 import tarfile
 import threading
 import time
+import unicodedata
 import urllib.error
 import urllib.request
 
@@ -49,6 +50,7 @@ CHUNK = 16  # clips that a worker takes at a time
 UNREADABLE = ".m4a", ".mp4", ".webm"  # by soundfile: these are listed in skipped.csv
 AUDIO = ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", *UNREADABLE
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "eval": "eval", "test": "eval", "": ""}
+SPLITS |= {"training": "train", "testing": "eval", "evaluation": "eval"}
 TIMEOUT, WAITS = 60, (1, 2, 4, 8, 16)  # s: of a silent connection, and before the next attempt while nothing new comes
 AGAIN = "run the same command again, it resumes the download, or give --root a copy of the data"
 NETWORK = (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError, ssl.SSLError)
@@ -197,9 +199,9 @@ def read_rows(path, **dialect):
 def read_table(path, columns):
     """Yield {column: cell, 'line': its number} of a table that has these columns."""
     rows = read_rows(path)
-    names = [name.strip() for name in next(rows, (1, []))[1]]
-    for column in columns:
-        if (n := names.count(column)) != 1:
+    names = [name.strip().lower() for name in next(rows, (1, []))[1]]  # Fold is fold
+    for column in (*columns, "split", "fold"):
+        if (n := names.count(column)) > 1 or not n and column in columns:
             raise ValueError(f"{path} has {n or 'no'} column '{column}': its first line must name {', '.join(columns)}")
     for line, row in rows:
         if len(row) != len(names):
@@ -267,14 +269,20 @@ def audioset(root):
     return classes, list(clips.values())
 
 
+def files_below(folder, endings=AUDIO):
+    """Yield the path of every file with one of these endings, at any depth below a folder and its links; hidden ones not."""
+    for at, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (os.path.join(at, n) for n in names if n.lower().endswith(endings) and not n.startswith("."))
+
+
 def audio_below(root):
     """Yield (path, None) of each audio file below root, (tar/name, (tar, first byte, bytes)) of each in a tar archive there.
 
     Archives are listed from their headers. Of one that was cut short the whole files are used, and that is printed.
     """
-    files = sorted(os.path.join(at, name) for at, _, names in os.walk(root, followlinks=True) for name in names)
-    yield from ((path, None) for path in files if path.lower().endswith(AUDIO))
-    tars = [path for path in files if path.lower().endswith(".tar")]
+    yield from ((path, None) for path in sorted(files_below(root)))
+    tars = sorted(files_below(root, ".tar"))
     with tqdm(desc=f"listing {len(tars)} tar files", unit="file", disable=not tars) as bar:
         for path in tars:
             count, size = 0, os.path.getsize(path)
@@ -295,6 +303,11 @@ def audio_below(root):
                 print(f"{path} is damaged ({e}): only its first {count} audio files are used; download it again")
 
 
+def one_form(name):
+    """A class name as every system writes it: macOS may give an accent as a letter of its own"""
+    return unicodedata.normalize("NFC", name.strip())
+
+
 def class_folders(root):
     """A folder of class-named folders, audio at any depth below them; above them may stand train, val and eval folders."""
     folders = lambda at: [p for p in sorted(at.iterdir()) if p.is_dir() and not p.name.startswith(".")]
@@ -304,13 +317,12 @@ def class_folders(root):
         raise ValueError(f"{root} holds folders of splits ({tops[0].name}) beside others: give a table")
     if tops:
         groups = [(SPLITS[top.name.lower()], p) for top in tops for p in folders(top)]
-    index = {name: i for i, name in enumerate(sorted({p.name for _, p in groups}))}
-    clips = []
+    found = []
     for split, folder in groups:
-        for p in sorted(p for p in folder.rglob("*") if p.suffix.lower() in AUDIO and p.is_file()):
-            if not any(part.startswith(".") for part in p.relative_to(folder).parts):
-                clips.append(Clip(p.relative_to(root).as_posix(), str(p), split, "", [index[folder.name]]))
-    if len(index) < 2 or not clips:
+        found += [(split, one_form(folder.name), p) for p in sorted(map(pathlib.Path, files_below(folder)))]
+    index = {name: i for i, name in enumerate(sorted({name for _, name, _ in found}))}  # those that hold audio
+    clips = [Clip(p.relative_to(root).as_posix(), str(p), split, "", [index[name]]) for split, name, p in found]
+    if len(index) < 2:
         raise ValueError(f"{root} holds no class folders with audio: give {root}/CLASS/*.wav, or a table")
     return [("", name) for name in index], clips if tops else make_split(clips, len(index), root)
 
@@ -318,7 +330,7 @@ def class_folders(root):
 def own_table(table):
     """Anybody's table: path,labels[,split][,fold]; a missing split is made, stratified 80/10/10, and printed."""
     rows = list(read_table(table, ["path", "labels"]))
-    labels = [sorted({v.strip() for v in r["labels"].split(";") if v.strip()}) for r in rows]
+    labels = [sorted({one_form(v) for v in r["labels"].split(";") if v.strip()}) for r in rows]
     index = {name: i for i, name in enumerate(sorted({v for own in labels for v in own}))}
     if not index:
         raise ValueError(f"{table} has no {'labels' if rows else 'rows'}")

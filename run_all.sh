@@ -83,7 +83,8 @@ train() { # MODEL [TEACHER...]: train a model, average its epochs, score it
   [ "$fold" = none ] || flags+=(--fold "$fold")
   [ "${KEEP_EPOCHS:-0}" = 0 ] || flags+=(--keep-epochs)
   stage "${script%_teacher} $out" python_n "$HERE/$script.py" --data "$DATA" --model "$model" --seed "$seed" --out "$out" ${flags[@]+"${flags[@]}"}
-  if compgen -G "$out/ep-*.pt" >/dev/null && [ ! "$out/wa.pt" -nt "$out/last.pt" ]; then
+  local epochs=("$out"/ep-*.pt)
+  if [ -e "${epochs[0]}" ] && [ ! "$out/wa.pt" -nt "$out/last.pt" ]; then
     stage "average $out" python_n "$HERE/evaluate.py" --average "$out"
   fi
   for ckpt in best wa; do

@@ -131,8 +131,8 @@ def check_ranges(args, data, kind):
             raise ValueError(f"--{key.replace('_', '-')} {getattr(args, key)} is out of range")
     if kind == "cnn" and any(args.patchout):
         raise ValueError(f"--patchout drops an AST's patches, and {args.model} has none: leave it out")
-    if len(data.classes) == 1 and (data.labels[:, 0] == 0).all():
-        raise ValueError(f"every training clip of {data.root} is '{data.classes[0]}', the only class: add others")
+    if (data.labels == data.labels[0]).all() and (len(data) > 1 or len(data.classes) == 1):
+        raise ValueError(f"all training clips of {data.root} have the same labels: add clips that have others")
 
 
 def differs(old, key, value, given):
@@ -152,7 +152,11 @@ def claim(args, data, suffix=""):
         fold = "" if args.fold is None else f"-fold{args.fold}"
         args.out = pathlib.Path("exp", name, f"{args.model}{suffix}{fold}-s{args.seed}".replace(":", "-"))
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "given")}
-    settings = json.loads(json.dumps(settings | {"data": str(data.root)}))  # tuples become lists
+    settings |= {
+        "data": str(data.root),
+        "tables": [*data.stats["tables"].values()],
+    }  # as prepared: a later edit is allowed
+    settings = json.loads(json.dumps(settings))  # tuples become lists
     models.check_same(data.root, data.stats["crc32"])
     if dataset.rank():
         return settings

@@ -260,6 +260,7 @@ def test_made_split_is_stratified_and_reproducible(tmp_path, capsys):
         (["path,labels", *(f"{i}.wav,{'xyz'[i % 3]}" for i in range(9))], "no clip has split 'eval'"),  # made: too few
         (["path,split,labels", 'a.wav,train,"x', "b.wav,eval,x"], r"bad\.csv is not a table in UTF-8"),  # no end quote
         (["path,labels,labels", "a.wav,x,y"], r"bad\.csv has 2 column 'labels'"),
+        (["path,labels,fold,Fold", "a.wav,x,1,2"], r"bad\.csv has 2 column 'fold'"),
         (["path,labels,split", "a.wav,x,train", "./a.wav,x,eval"], r"clip .*a\.wav' is listed 2 times"),
         (["path,labels,split", "a.wav,x,train", "b.wav,,eval"], r"clip 'b\.wav' has no label, and none has two"),
         (["path,labels,split", "a.wav,x,train", '"b\r.wav",x,eval'], "or has a line break: rename it"),
@@ -291,6 +292,38 @@ def test_a_split_that_cannot_be_read_is_an_error(tmp_path):
     table = write(tmp_path / "t.csv", "path,labels,split", *rows)
     said = inside(*PREP, table, "--out", tmp_path / "out", "--clip-seconds", 0.5, "--workers", 1)
     assert "no clip has split 'eval'" in said and not (tmp_path / "out" / "stats.json").exists()
+
+
+def test_folders_without_audio_are_no_classes_and_links_are_followed(tmp_path):
+    for place in ("Training/cat", "Training/dog", "Training/none", "testing/cat", "testing/dog", "disk/deep"):
+        (tmp_path / "in" / place if place[0] != "d" else tmp_path / place).mkdir(parents=True)
+    for place in ("in/Training/cat", "in/Training/dog", "in/testing/cat", "in/testing/dog", "disk/deep"):
+        soundfile.write(tmp_path / place / "1.WAV", partials(16000, 0.1), 16000, format="WAV")
+    (tmp_path / "in" / "Training" / "dog" / "more").symlink_to(tmp_path / "disk")
+    classes, clips = prep_data.class_folders(tmp_path / "in")
+    assert [name for _, name in classes] == ["cat", "dog"]
+    assert [(c.id, c.split, c.labels) for c in clips] == [
+        ("Training/cat/1.WAV", "train", [0]), ("Training/dog/1.WAV", "train", [1]),
+        ("Training/dog/more/deep/1.WAV", "train", [1]), ("testing/cat/1.WAV", "eval", [0]), ("testing/dog/1.WAV", "eval", [1]),
+    ]  # fmt: skip
+    (tmp_path / "us8k" / "audio" / "fold1").mkdir(parents=True)
+    (tmp_path / "us8k" / "metadata").mkdir()
+    soundfile.write(tmp_path / "us8k" / "audio" / "fold1" / "a.wav", partials(16000, 0.1), 16000)
+    with pytest.raises(ValueError, match="us8k holds no class folders with audio"):
+        prep_data.class_folders(tmp_path / "us8k")
+
+
+def test_one_name_in_two_unicode_forms_is_one_class(tmp_path):
+    forms = "Be\u0301cassine", "B\u00e9cassine"
+    table = write(tmp_path / "t.csv", "path,labels,Fold", f"a.wav,{forms[0]},1", f"b.wav,{forms[1]},2")
+    classes, clips = prep_data.own_table(table)
+    assert classes == [("", forms[1])] and [(c.labels, c.fold) for c in clips] == [([0], 1), ([0], 2)]
+    for split, form in zip(("train", "eval"), forms):
+        for name in (form, "other"):
+            (tmp_path / "in" / split / name).mkdir(parents=True)
+            soundfile.write(tmp_path / "in" / split / name / "1.wav", partials(16000, 0.1), 16000)
+    classes, clips = prep_data.class_folders(tmp_path / "in")
+    assert classes == [("", forms[1]), ("", "other")] and len(clips) == 4
 
 
 def test_hidden_folders_are_no_classes(tmp_path):

@@ -107,6 +107,18 @@ def test_fsd50k_defaults_are_the_papers_best(run_all):
     assert done.returncode == 0 and len(again) == 7 + 1  # each training says that it is done; and the summary
 
 
+def test_brackets_in_a_name_are_letters(run_all, tmp_path):
+    (tmp_path / "b [1]").mkdir()
+    (tmp_path / "b [1]" / "stats.json").write_text("{}")
+    done, calls = run_all("b [1]")
+    assert done.returncode == 0, done.stderr
+    assert stages(calls, "exp/b [1]/ast-base-s0") == [
+        "--average exp/b [1]/ast-base-s0",
+        "--ckpt best.pt",
+        "--ckpt wa.pt",
+    ]
+
+
 def test_after_a_run_with_kept_epochs_only_the_rest_is_done(run_all):
     """README's first block keeps epochs; `SEEDS="0 1 2" bash run_all.sh fsd50k` follows it."""
     _, first = run_all("fsd50k", KEEP_EPOCHS="1", KEPT="1", BASELINES="0", ROOT="r")

@@ -428,6 +428,21 @@ def test_a_run_that_never_trained_does_not_bind_its_settings(multi, tmp_path, mo
     assert "is a run with other settings (seed 1 -> 2)" in inside("train_teacher.py", *flags, "--seed", 2)
 
 
+def test_data_that_were_prepared_anew_are_another_run_and_are_named_by_scores(tmp_path):
+    folder = write_prepared(tmp_path / "data", {"train": 12, "eval": 6}, True)
+    flags = ["--data", folder, "--model", CNN, "--out", tmp_path / "run", *TINY]
+    assert "epoch  2/2" in inside("train_teacher.py", *flags)
+    score = ["evaluate.py", "--ckpt", tmp_path / "run" / "best.pt"]
+    assert "another preparation" not in inside(*score)
+    edited = (folder / "clips.csv").read_text().splitlines(keepends=True)
+    (folder / "clips.csv").write_text("".join(edited[:-1]))  # by hand: an edit is used, and printed
+    assert "is trained already" in inside("train_teacher.py", *flags) and "another preparation" not in inside(*score)
+    shutil.rmtree(folder)
+    write_prepared(folder, {"train": 13, "eval": 6}, True)
+    assert "is a run with other settings (tables [" in inside("train_teacher.py", *flags)
+    assert f"was trained on another preparation than {folder}: its training clips may be among these" in inside(*score)
+
+
 def test_validation_without_a_label_is_an_error(tmp_path):
     folder = write_prepared(tmp_path / "data", {"train": 12, "val": 6}, True)
     with open(folder / "clips.csv", newline="") as f:
@@ -511,7 +526,11 @@ def test_one_class_that_every_clip_has_is_an_error_and_a_detector_is_not(tmp_pat
     flags = ["--model", CNN, *TINY, "--out", tmp_path / "run"]
     every = write_prepared(tmp_path / "every", {"train": 8, "val": 4}, True, classes=["dog"], labels=lambda rng: [0])
     output = inside("train_teacher.py", "--data", every, *flags)
-    assert output.startswith("error: ") and "every training clip" in output and "'dog'" in output
+    assert output.startswith("error: ") and "all training clips" in output and "have the same labels" in output
+    only = write_prepared(
+        tmp_path / "only", {"train": 8, "val": 4}, False, classes=["normal", "odd"], labels=lambda _: [0]
+    )
+    assert "have the same labels" in inside("train_teacher.py", "--data", only, *flags)
     assert not (tmp_path / "run").exists()
     some = lambda rng: [0][: rng.integers(2)]
     detector = write_prepared(tmp_path / "some", {"train": 12, "val": 12}, True, classes=["dog"], labels=some)
