@@ -9,8 +9,10 @@ those of train_teacher.py; --teacher and how to weigh it are added. With --lam 1
 the loss, edit `cmkd_loss`, or add a term in the loop of `main`.
 """
 
+import json
 import math
 import time
+import zlib
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +117,7 @@ def main():
     train_teacher.resolve(args, data)
     teachers, metas = load_teachers(args, data, device)
     resolve_tau(args, metas, data)
+    args.teacher_args = [zlib.crc32(json.dumps(meta["args"], sort_keys=True).encode()) for meta in metas]  # made anew?
     names = [meta["model"]["name"] for meta in metas]
     run = train_teacher.begin(args, data, val, device, f"-from-{'+'.join(names)}", teachers=names)
     net, n_steps = models.wrap(run.model, args, device), dataset.steps_in_epoch(data, args)

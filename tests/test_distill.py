@@ -416,6 +416,18 @@ def test_supervised_training_does_not_take_over_a_distilled_run(trained, multi):
     assert output.startswith("error: ") and "is a run with other settings (teacher [" in output, output
 
 
+def test_a_teacher_that_was_trained_anew_makes_another_run(multi, tmp_path):
+    data, teacher = dataset.FbankDataset(multi, "train"), tmp_path / "t.pt"
+    flags = ["--data", multi, "--model", AST, *TINY, "--lr", LR, "--out", tmp_path / "kd", "--teacher", teacher]
+    for lr, says in (
+        (1e-3, "epoch  2/2"),
+        (1e-3, "is trained already"),
+        (2e-3, "is a run with other settings (teacher_args ["),
+    ):
+        write_teacher(teacher, CNN, data, args={"fold": None, "lr": lr})
+        assert says in inside("distill.py", *flags)
+
+
 def test_esc50_from_random_weights_is_taught_at_1(tmp_path, monkeypatch):
     folder = write_prepared(tmp_path / "esc", {"1": 12, "2": 12}, False, source="esc50")
     teacher = write_teacher(tmp_path / "t.pt", AST, dataset.FbankDataset(folder, "train", 1))
