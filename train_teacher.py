@@ -30,7 +30,8 @@ import evaluate
 import models
 
 # Table 2 with the gaps filled; hybrids follow the CNNs. decay: "plateau" halves at the third epoch in a row without a better
-# validation score (without such a split: training loss); (factor, every, after) multiplies by factor once `after` epochs are done and every `every` from there.
+# validation score (without such a split: training loss); (factor, every, after) multiplies by factor once `after` epochs are
+# done and every `every` from there.
 # average: "val" chooses the first epoch on validation, a number is the first epoch, "off" is none.
 COLUMNS = "lr", "batch_size", "epochs", "warmup", "decay", "mixup", "balanced", "freq_mask", "average"
 RECIPES = {
@@ -152,10 +153,8 @@ def claim(args, data, suffix=""):
         fold = "" if args.fold is None else f"-fold{args.fold}"
         args.out = pathlib.Path("exp", name, f"{args.model}{suffix}{fold}-s{args.seed}".replace(":", "-"))
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "given")}
-    settings |= {
-        "data": str(data.root),
-        "tables": [*data.stats["tables"].values()],
-    }  # as prepared: a later edit is allowed
+    tables = [*data.stats["tables"].values()]  # their CRCs as prepared: a later edit is allowed
+    settings |= {"data": str(data.root), "tables": tables}
     settings = json.loads(json.dumps(settings))  # tuples become lists
     models.check_same(data.root, data.stats["crc32"])
     if dataset.rank():
@@ -165,7 +164,7 @@ def claim(args, data, suffix=""):
     if (args.out / "args.json").exists():
         old = dataset.read_json(args.out / "args.json", "keep_epochs")
         other = sorted(k for k in settings.keys() - SAME_WEIGHTS if differs(old, k, settings[k], args.given))
-        other += sorted({"teacher"} & old.keys() - settings.keys())  # a distilled run, and now no --teacher
+        other += ["teacher"] * ("teacher" in old and "teacher" not in settings)  # was distilled, and now it is not
         if other and {p.name for p in args.out.glob("*.pt")} - {"ep-00.pt"}:  # else it ended before it had trained
             changes = ", ".join(f"{k} {old.get(k)} -> {settings.get(k)}" for k in other)
             raise ValueError(f"{args.out} is a run with other settings ({changes}): give another --out, or remove it")
@@ -199,10 +198,10 @@ def begin(args, data, val, device, suffix="", **meta):
     path = args.out / "last.pt"
     meta |= {"classes": data.classes, "mean": data.mean, "std": data.std, "n_frames": data.n_frames, "task": data.task}
     meta |= {"sample_rate": data.stats["sample_rate"], "data": str(data.root.resolve()), "args": settings}
-    last = models.read_checkpoint(path) if path.exists() else None
-    history, log, names = (
-        (last[k] for k in ("history", "log", "names")) if last else ([], torch.zeros(0, COLUMNS_OF_LOG), [])
-    )
+    history, log, names, last = [], torch.zeros(0, COLUMNS_OF_LOG), [], None
+    if path.exists():
+        last = models.read_checkpoint(path)
+        history, log, names = last["history"], last["log"], last["names"]
     models.check_same(path, (len(history), len(log)))
     if len(history) >= args.epochs:
         print(f"{args.out} is trained already ({args.epochs} epochs); remove it to train again")
