@@ -2,7 +2,7 @@
 # The whole of CMKD: prepare fbanks, train teachers, distill both ways, train the students without KD, average weights, score,
 # print the table. What is finished is skipped, so the same command resumes after an interruption; the first failure stops it.
 #
-#   bash run_all.sh demo                                     # synthetic, 4 to 5 minutes on two cores
+#   bash run_all.sh demo                                     # synthetic, 4 to 7 minutes on two cores
 #   ROOT=/data/ESC-50 bash run_all.sh esc50                  # also esc10, fsd50k, audioset, audioset-bal
 #   GPUS=8 SEEDS="0 1 2" ROOT=/data/FSD50K bash run_all.sh fsd50k
 #   bash run_all.sh data/machines                            # a folder that prep_data.py wrote
