@@ -306,11 +306,13 @@ def test_folders_without_audio_are_no_classes_and_links_are_followed(tmp_path):
         ("Training/cat/1.WAV", "train", [0]), ("Training/dog/1.WAV", "train", [1]),
         ("Training/dog/more/deep/1.WAV", "train", [1]), ("testing/cat/1.WAV", "eval", [0]), ("testing/dog/1.WAV", "eval", [1]),
     ]  # fmt: skip
-    (tmp_path / "us8k" / "audio" / "fold1").mkdir(parents=True)
-    (tmp_path / "us8k" / "metadata").mkdir()
-    soundfile.write(tmp_path / "us8k" / "audio" / "fold1" / "a.wav", partials(16000, 0.1), 16000)
-    with pytest.raises(ValueError, match="us8k holds no class folders with audio"):
-        prep_data.class_folders(tmp_path / "us8k")
+    (tmp_path / "us8k" / "metadata").mkdir(parents=True)
+    for fold in ("fold1", "fold10"):
+        (tmp_path / "us8k" / "audio" / fold).mkdir(parents=True)
+        soundfile.write(tmp_path / "us8k" / "audio" / fold / "a.wav", partials(16000, 0.1), 16000)
+    for root in (tmp_path / "us8k", tmp_path / "us8k" / "audio"):
+        with pytest.raises(ValueError, match=f"{root} holds no class folders with audio"):
+            prep_data.class_folders(root)
 
 
 def test_one_name_in_two_unicode_forms_is_one_class(tmp_path):
