@@ -322,7 +322,7 @@ def class_folders(root):
         found += [(split, one_form(folder.name), p) for p in sorted(map(pathlib.Path, files_below(folder)))]
     index = {name: i for i, name in enumerate(sorted({name for _, name, _ in found}))}  # those that hold audio
     clips = [Clip(p.relative_to(root).as_posix(), str(p), split, "", [index[name]]) for split, name, p in found]
-    if len(index) < 2 or all(re.fullmatch(r"fold[ _-]?\d+", name, re.I) for name in index):
+    if len(index) < 2 or all(re.fullmatch(r"fold[ _-]?\d+", name, re.IGNORECASE) for name in index):
         raise ValueError(f"{root} holds no class folders with audio: give {root}/CLASS/*.wav, or a table")
     return [("", name) for name in index], clips if tops else make_split(clips, len(index), root)
 
