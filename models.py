@@ -522,6 +522,7 @@ def setup(device=None, precision=None):
         raise ValueError("--device cuda, but PyTorch sees no GPU here: use --device cpu")
     use_cuda = device != "cpu" and torch.cuda.is_available()
     local, n_local = (int(os.environ.get(k, d)) for k, d in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
+    device = torch.device("cuda", local) if use_cuda else torch.device("cpu")
     if n_local > 1:  # torchrun sets OMP_NUM_THREADS to 1, whatever the machine has
         torch.set_num_threads(max(1, joblib.cpu_count() // n_local))
     elif "OMP_NUM_THREADS" not in os.environ:  # torch does not see a container's quota
@@ -532,11 +533,11 @@ def setup(device=None, precision=None):
     elif precision == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
         print("this CPU has no AVX512-BF16: --precision bfloat16 is slower here than float32")
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if use_cuda else "gloo")
+        dist.init_process_group("nccl" if use_cuda else "gloo", device_id=device if use_cuda else None)
         atexit.register(dist.destroy_process_group)
         if rank():
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # only rank 0 prints
-    return torch.device("cuda", local) if use_cuda else torch.device("cpu")
+    return device
 
 
 def check_same(what, value):

@@ -156,7 +156,7 @@ def claim(args, data, suffix=""):
     tables = [*data.stats["tables"].values()]  # their CRCs as prepared: a later edit is allowed
     settings |= {"data": str(data.root), "tables": tables}
     settings = json.loads(json.dumps(settings))  # tuples become lists
-    models.check_same(data.root, data.stats["crc32"])
+    models.check_same(data.root, [data.stats["crc32"], len(data), data.mean, settings.get("teacher_args")])
     if dataset.rank():
         return settings
     args.out.mkdir(parents=True, exist_ok=True)
@@ -307,6 +307,8 @@ def finish_epoch(run, log, began, clips):
     seconds = time.monotonic() - began  # means waited for the last step
     if dataset.world() > 1:
         torch.distributed.all_reduce(losses)
+        for buffer in run.model.buffers():  # on CPUs each rank's batch norms saw its own clips; rank 0's are saved
+            torch.distributed.broadcast(buffer, 0)
     args, out, epoch, best, val = run.args, run.args.out, len(run.history) + 1, True, ""
     entry = {"epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"]}
     entry |= dict(zip(run.names, (losses / dataset.world()).tolist())) | {"seconds": round(seconds, 2)}

@@ -171,6 +171,7 @@ def bench_input(row, quick, device, folder):
 
 
 def ours(name, device, trains=True):
+    torch._dynamo.reset()  # of one process it compiles the first eight models only
     model = models.build_model(name, CLASSES).to(device).train(trains).requires_grad_(trains)
     return models.wrap(model, argparse.Namespace(no_compile=False), device, trains)
 
