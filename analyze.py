@@ -134,7 +134,7 @@ def disturbance(kind, level, seed, data, device):
     that batches, ranks and checkpoints do not matter. Masks become the normalised 0.0, as in training."""
     n, T = len(data), data.n_frames
     rng = np.random.default_rng([seed, list(LEVELS).index(kind), round(1000 * level)])
-    d = {k: np.zeros(n, np.int64) for k in ("f0", "f1", "t0", "t1", "shift", "noise")}
+    d = {k: 0 * v for k, v in dataset.draw(np.random.default_rng(), n, n).items()}  # nothing
     if kind.endswith("mask"):
         axis, limit, width = ("f", N_MELS, level) if kind == "frequency mask" else ("t", T, round(level / 100 * T))
         d[f"{axis}0"] = rng.integers(limit - width + 1, size=n)

@@ -110,6 +110,7 @@ def main():
     p.add_argument("--kd-head", action="store_true", help="a head for the teacher's loss; scored by the mean of both")
     p.add_argument("--teacher-precision", choices=["float32", "bfloat16"], help="default: that of the student")
     args = train_teacher.parse(p)
+    args.teacher = [str(models.best_of(path)) for path in args.teacher]
     if not 0 <= args.lam <= 1:
         raise ValueError(f"--lam {args.lam} is out of range [0, 1]")
     device = models.setup(args.device, args.precision)

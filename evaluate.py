@@ -70,9 +70,9 @@ def scores(predictions, targets, task):
         ap[some] = average_precision_score(hot[:, some], predictions[:, some], average=None)
     if both.any():
         auc[both] = roc_auc_score(hot[:, both], predictions[:, both], average=None)
-    mean_auc = float(np.nanmean(auc)) if np.isfinite(auc).any() else math.nan
+    mean_auc = float(np.nanmean(auc)) if both.any() else math.nan
     return {
-        "mAP": float(np.nanmean(ap)) if len(ap[positives > 0]) else math.nan,
+        "mAP": float(np.nanmean(ap)) if some.any() else math.nan,
         "mAUC": mean_auc,
         "d_prime": float(math.sqrt(2) * ndtri(mean_auc)),
         "accuracy": float(hot[np.arange(len(hot)), predictions.argmax(1)].mean()),
@@ -80,6 +80,11 @@ def scores(predictions, targets, task):
         "AUC": auc,
         "positives": positives,
     }
+
+
+def plain_scores(found):
+    """The single numbers of `scores` as JSON holds them: None where one is not finite"""
+    return {k: v if math.isfinite(v) else None for k, v in found.items() if np.ndim(v) == 0}
 
 
 def probabilities(logits, task):
@@ -192,7 +197,7 @@ def score_checkpoints(paths, split, root, device):
     if rank():
         return
     found = scores(total, y, data.task)
-    ap, auc, positives = (found.pop(k) for k in ("AP", "AUC", "positives"))
+    ap, auc, positives = (found[k] for k in ("AP", "AUC", "positives"))
     facts = {
         "task": data.task, "split": split, "clips": len(data), "listed": data.listed,
         "classes_without_positives": int((positives == 0).sum()), "model": first["model"]["name"],
@@ -206,8 +211,7 @@ def score_checkpoints(paths, split, root, device):
     draw_classes(per_class.with_suffix(".png"), data.classes, ap, positives)
     if data.task == "single-label":
         draw_confusion(out / f"confusion-{name}-{split}.png", data.classes, y.argmax(1), total.argmax(1))
-    finite = {k: v if math.isfinite(v) else None for k, v in found.items()}
-    dataset.write_json(metrics, finite | facts)  # last: a stage whose metrics are there is complete
+    dataset.write_json(metrics, plain_scores(found) | facts)  # last: a stage whose metrics are there is complete
     report_absent(positives, data)
     print_scores(found, data.classes, ap, positives)
     print(f"{data.count()} clips of {data.root} ({split}) -> {metrics}, {per_class.name}")
@@ -221,7 +225,8 @@ def short(name, length=40):
 
 def print_scores(found, classes, ap, positives):
     """The scores in percent (d' is none), and the five best and the five worst classes by AP."""
-    values = {k: f"{100 * found[k]:.2f}" for k in ("mAP", "mAUC", "accuracy")} | {"d'": f"{found['d_prime']:.3f}"}
+    values = {k: f"{100 * v:.2f}" for k, v in found.items() if np.ndim(v) == 0 and k != "d_prime"}
+    values["d'"] = f"{found['d_prime']:.3f}"
     print("  ".join(f"{k:>8}" for k in values) + "\n" + "  ".join(f"{v:>8}" for v in values.values()))
     order = np.argsort(-ap, kind="stable")[: np.count_nonzero(positives)]  # NaN, of no positives, comes last
     for title, chosen in (("best", order[:5]), ("worst", order[5:][-5:])):
@@ -313,6 +318,8 @@ def average_run(run, device, keep_epochs=False, root=None):
     paths = [run / f"ep-{epoch:02d}.pt" for epoch in range(1, args["epochs"] + 1)]
     if args["average"] == "off":
         print(f"{run}: its recipe has no weight averaging")
+    elif (run / "wa.pt").exists() and not all(path.exists() for path in paths):
+        print(f"{run} is averaged already")  # and was killed while it pruned
     else:
         if not all(path.exists() for path in paths):
             raise ValueError(f"{run} lacks some of ep-01.pt to ep-{args['epochs']:02d}.pt: pruned, or never written")
@@ -339,7 +346,7 @@ def average_run(run, device, keep_epochs=False, root=None):
     if world() > 1:
         dist.barrier()  # every rank has read the epochs
     if rank() == 0 and not (keep_epochs or args["keep_epochs"]):
-        for path in run.glob("ep-*.pt"):
+        for path in sorted(run.glob("ep-*.pt")):  # ep-00 first: run_all.sh sees an interruption
             path.unlink()
 
 
@@ -387,7 +394,8 @@ def summary(folder):
     settings = read_results(folder)
     order = sorted(settings, key=lambda g: (len(next(iter(settings[g].values()))[0]["teachers"]) > 0, g))
     every = [r for g in order for found in settings[g].values() for r in found]
-    main, other = ("mAP", "mAUC") if every[0]["task"] == "multi-label" else ("accuracy", "mAP")
+    main = MAIN_SCORE[every[0]["task"]]
+    other = "mAUC" if main == "mAP" else "mAP"
     titles, found = {"best": "best", "wa": "averaged", "ensemble": "ensemble"}, set().union(*settings.values())
     ckpts = [c for c in titles if c in found] + sorted(found - titles.keys())  # those without a title: last, ep-05, ...
     folds, seeds = (sorted({r[k] for r in every} - {None}) for k in ("fold", "seed"))
@@ -723,7 +731,7 @@ def main():
         raise ValueError(f"{what}: give --ckpt{' and --audio' * bool(outputs)} too")
     if a.summary:
         return summary(a.summary)
-    a.ckpt = [p / "best.pt" if (p / "best.pt").is_file() else p for p in a.ckpt or []]  # a run's folder
+    a.ckpt = [models.best_of(p) for p in a.ckpt or []]
     device = models.setup(a.device)
     if a.audio or a.export:
         if rank() == 0:

@@ -474,7 +474,8 @@ def read_folder(folder):
     """
     for name in ("config.json", "preprocessor_config.json"):
         if not (folder / name).is_file():
-            raise FileNotFoundError(f"{folder} has no {name}, which holds an AST's labels or normalisation: add it")
+            what = "which an AST as Hugging Face holds it needs: add it, or give a checkpoint"
+            raise FileNotFoundError(f"{folder} has no best.pt, and no {name}, {what}")
     config, audio = (dataset.read_json(folder / n) for n in ("config.json", "preprocessor_config.json"))
     for key, ours in (AST_CONFIG | {"sampling_rate": dataset.SAMPLE_RATE}).items():
         if (value := (audio | config).get(key, ours)) != ours:
@@ -495,6 +496,12 @@ def read_folder(folder):
     meta |= {"eps": config.get("layer_norm_eps"), "classes": classes, "task": task, "mean": mean, "std": std}
     meta |= {"n_frames": n_frames, "sample_rate": dataset.SAMPLE_RATE, "data": None, "epoch": None}
     return meta | {"args": {"fold": config.get("fold"), "seed": None, "pretrained": str(folder)}}
+
+
+def best_of(path):
+    """The checkpoint that a path stands for: a run's folder for its best.pt"""
+    best = pathlib.Path(path, "best.pt")
+    return best if best.is_file() else pathlib.Path(path)
 
 
 def load_checkpoint(path, n_frames=None):

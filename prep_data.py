@@ -311,7 +311,7 @@ def one_form(name):
 def class_folders(root):
     """A folder of class-named folders, audio at any depth below them; above them may stand train, val and eval folders."""
     folders = lambda at: [p for p in sorted(at.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-    groups = [("", p) for p in folders(root)]
+    groups = [("", p) for p in folders(root) if next(files_below(p), None)]
     tops = [p for _, p in groups if p.name.lower() in SPLITS]
     if 0 < len(tops) < len(groups):
         raise ValueError(f"{root} holds folders of splits ({tops[0].name}) beside others: give a table")
@@ -538,7 +538,7 @@ def check_clips(source, clips, task):
         raise ValueError(f"{source}: no clips, the tables are empty or no audio was found")
     path, times = collections.Counter(os.path.normpath(c.path) for c in clips).most_common(1)[0]
     if times > 1:
-        raise ValueError(f"{source}: clip '{path}' is listed {times} times")
+        raise ValueError(f"{source}: clip '{path}' is listed {times} times: give it one line, its labels joined by ';'")
     if odd := next((c.path for c in clips if re.search("[\ud800-\udfff\r]", c.path)), None):
         raise ValueError(f"the file name {odd!r} is not UTF-8, or has a line break: rename it")
     many = next((c for c in clips if len(c.labels) != 1), None)
@@ -548,7 +548,7 @@ def check_clips(source, clips, task):
         raise ValueError(f"clip '{many.id}' has no label, and none has two: label it, or give --task multi-label")
     splits, folds = {c.split.split("-")[0] for c in clips}, {c.fold for c in clips}
     if "" not in splits and (lacking := {"train", "eval"} - splits):
-        raise ValueError(f"no clip has split '{max(lacking)}': training and scoring need both, give them clips")
+        raise ValueError(f"no clip has split '{max(lacking)}': training and scoring need both: give clips a split")
     if "" not in folds and len(folds) < 2:
         raise ValueError(f"all clips are in fold {clips[0].fold}: two or more folds are needed")
     return task or ("multi-label" if many else "single-label")
@@ -652,7 +652,10 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
             notes = {shard: {"found": [""] * len(own)} for shard, own in shards.items()}  # '': not read yet
             notes |= {s: read_json(p) for s in shards if s.exists() and (p := s.with_suffix(".json")).exists()}
             gb = sum(len(own) for s, own in shards.items() if not s.exists()) * n_frames * N_MELS * 2 / 1e9
-            kind = f"{len(clips)} clips of {seconds:g} s, {len(classes)} classes, {facts['task']}, {gb:.1f} GB"
+            names = ", ".join(name for _, name in classes[:5]) + ", ..." * (len(classes) > 5)
+            kind = (
+                f"{len(clips)} clips of {seconds:g} s, {len(classes)} classes ({names}), {facts['task']}, {gb:.1f} GB"
+            )
             print(f"{source}: {kind}; {workers} workers -> {out}")
             if gb > (free := shutil.disk_usage(out).free / 1e9):
                 raise OSError(f"{out} has {free:.1f} GB free, its shards need {gb:.1f}: give --out on a larger disk")

@@ -84,7 +84,7 @@ train() { # MODEL [TEACHER...]: train a model, average its epochs, score it
   [ "${KEEP_EPOCHS:-0}" = 0 ] || flags+=(--keep-epochs)
   stage "${script%_teacher} $out" python_n "$HERE/$script.py" --data "$DATA" --model "$model" --seed "$seed" --out "$out" ${flags[@]+"${flags[@]}"}
   local epochs=("$out"/ep-*.pt)
-  if [ -e "${epochs[0]}" ] && [ ! "$out/wa.pt" -nt "$out/last.pt" ]; then
+  if [ -e "${epochs[0]}" ] && { [ ! "$out/wa.pt" -nt "$out/last.pt" ] || [ ! -e "$out/ep-00.pt" ]; }; then
     stage "average $out" python_n "$HERE/evaluate.py" --average "$out"
   fi
   for ckpt in best wa; do

@@ -96,8 +96,7 @@ def resolve(args, data):
     like = {"multi-label": "fsd50k", "single-label": "esc50"}[data.task]  # of data that has no row
     args.recipe = args.recipe or (data.source if f"{data.source} {kind}" in RECIPES else like)
     row = dict(zip(COLUMNS, RECIPES[f"{args.recipe} {kind}"]))
-    if args.pretrained is None:
-        args.pretrained = "no" if args.recipe == "demo" else "imagenet"
+    args.pretrained = args.pretrained or ("no" if args.recipe == "demo" else "imagenet")
     if args.recipe == "esc50" and kind == "ast" and args.pretrained not in ("no", "imagenet"):
         image = pathlib.Path(args.pretrained).exists() and "cls_token" in models.read_weights(args.pretrained)
         row["lr"] = row["lr"] if image else 1e-5  # only timm's ViTs have that name at the top
@@ -124,7 +123,7 @@ def check_ranges(args, data, kind):
     checks = [
         ("epochs", args.epochs >= 1), ("lr", 0 < args.lr < math.inf), ("batch_size", args.batch_size >= 1), ("warmup", args.warmup >= 0),
         ("mixup", 0 <= args.mixup <= 1), ("freq_mask", 0 <= args.freq_mask <= 128), ("time_mask", 0 <= args.time_mask <= data.n_frames),
-        ("label_smoothing", 0 <= args.label_smoothing < 1), ("seed", args.seed >= 0),
+        ("label_smoothing", 0 <= args.label_smoothing < 1), ("seed", 0 <= args.seed < 2**63),
         ("patchout", all(0 <= p < n for p, n in zip(args.patchout, grid))),
     ]  # fmt: skip
     for key, good in checks:
@@ -319,8 +318,7 @@ def finish_epoch(run, log, began, clips):
         found = evaluate.scores(p, y, run.val.task)
         if not run.history:
             evaluate.report_absent(found["positives"], run.val)
-        for k in ("mAP", "mAUC", "d_prime", "accuracy"):
-            entry[f"val_{k}"] = found[k] if math.isfinite(found[k]) else None  # JSON has no infinite d'
+        entry |= {f"val_{k}": v for k, v in evaluate.plain_scores(found).items()}
         entry["val_score"] = found[main]
         best = not run.history or entry["val_score"] > max(e["val_score"] for e in run.history)
         val = f"  val {main} {100 * entry['val_score']:.2f}{' *' if best else ''}"

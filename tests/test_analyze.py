@@ -81,6 +81,17 @@ def test_shift_is_circular_and_noise_is_uniform(multi):
     assert abs(np.corrcoef(noise)[0, 1:]).max() < 0.1  # each clip has noise of its own
 
 
+def test_one_more_draw_of_the_augmentation_is_nothing_here(multi, monkeypatch):
+    """README's row 'the augmentation': a new key of `draw`, used in `augment`, is 0 for a disturbance."""
+    data, draw, augment = dataset.FbankDataset(multi, "eval"), dataset.draw, dataset.augment
+    usual = disturbed(data, "frequency mask", 24)[1]
+    monkeypatch.setattr(
+        dataset, "draw", lambda rng, size, *a, **k: draw(rng, size, *a, **k) | {"gain": rng.random(size)}
+    )
+    monkeypatch.setattr(dataset, "augment", lambda x, d, *a: augment(x + d.pop("gain")[:, None, None], d, *a))
+    torch.testing.assert_close(disturbed(data, "frequency mask", 24)[1], usual, check_dtype=False)
+
+
 @pytest.mark.parametrize("kind", analyze.LEVELS)
 def test_draws_follow_from_seed_and_level_and_clip_alone(multi, kind):
     data, level = dataset.FbankDataset(multi, "eval"), analyze.LEVELS[kind][0][2]

@@ -333,6 +333,8 @@ def test_class_folders_below_folders_of_splits(tmp_path):
             sound(tmp_path / "in" / split / kind / "1.wav")
     said = prep(tmp_path / "in", tmp_path / "out")
     assert "80/10/10" not in said and "eval 2, train 2" in said
+    (tmp_path / "in" / "docs").mkdir()
+    assert "2 classes (a, b), single-label" in prep(tmp_path / "in", tmp_path / "o1")
     sound(tmp_path / "in" / "other" / "1.wav")
     assert "beside others" in inside("prep_data.py", "csv", "--root", tmp_path / "in", "--out", tmp_path / "o2")
     (tmp_path / "empty").mkdir()

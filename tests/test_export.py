@@ -170,7 +170,7 @@ def test_the_original_release_needs_its_labels_and_normalisation(foreign, tmp_pa
     torch.save(state, release / "audioset.pth")
     with pytest.raises(ValueError, match=r"audioset.pth is no checkpoint.*config.json and preprocessor_config.json"):
         models.load_checkpoint(release / "audioset.pth")
-    with pytest.raises(FileNotFoundError, match="has no config.json"):
+    with pytest.raises(FileNotFoundError, match="has no best.pt, and no config.json"):
         models.load_checkpoint(release)
     config = {"id2label": {"0": "high", "1": "low", "2": "noise"}, "max_length": 100}
     (release / "config.json").write_text(json.dumps(config))

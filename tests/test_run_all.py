@@ -30,7 +30,7 @@ sleep 0.005 # files of later stages are newer
 [ -d "$out" ] || mkdir -p "$out"
 case $script in
   prep_data.py) echo {} >"$out/stats.json" ;;
-  train_teacher.py | distill.py) [ -f "$out/last.pt" ] || for f in best ep-01 last; do : >"$out/$f.pt"; done ;;
+  train_teacher.py | distill.py) [ -f "$out/last.pt" ] || for f in best ep-00 ep-01 last; do : >"$out/$f.pt"; done ;;
   evaluate.py)
     if [ -n "$ckpt" ]; then : >"$out/metrics-${ckpt%.pt}-eval.json"; else
       [ -n "${KEPT:-}" ] || rm -f "$out"/ep-*
@@ -105,6 +105,16 @@ def test_fsd50k_defaults_are_the_papers_best(run_all):
     assert calls[-1] == ["evaluate.py", "--summary", exp] and not [c for c in calls if len(c) > 3 and "--ckpt" in c]
     done, again = run_all("fsd50k")
     assert done.returncode == 0 and len(again) == 7 + 1  # each training says that it is done; and the summary
+
+
+def test_an_average_that_was_killed_while_it_pruned_is_called_again(run_all, tmp_path):
+    run_all("esc50", KEPT="1", ROOT="r", FOLDS="1", BASELINES="0")
+    run = "exp/esc50/efficientnet-b2-fold1-s0"
+    assert not [c for c in run_all("esc50", FOLDS="1", BASELINES="0")[1] if "--average" in c]
+    (tmp_path / run / "ep-00.pt").unlink()
+    assert [c for c in run_all("esc50", FOLDS="1", BASELINES="0")[1] if "--average" in c] == [
+        ["evaluate.py", "--average", run]
+    ]
 
 
 def test_brackets_in_a_name_are_letters(run_all, tmp_path):

@@ -187,6 +187,17 @@ def test_scores_of_a_checkpoint_and_of_an_ensemble(multi, tmp_path):
     assert [int(r[2]) for r in rows[1:]] == y.sum(0).tolist()
 
 
+def test_a_score_of_ones_own_is_printed_logged_and_saved(multi, tmp_path, monkeypatch):
+    scores = evaluate.scores
+    monkeypatch.setattr(evaluate, "scores", lambda *a: scores(*a) | {"mine": 0.125, "by_class": np.zeros(3)})
+    run = tmp_path / "run-s0"
+    line = ["--data", multi, "--model", CNN, "--pretrained", "no", "--epochs", 1, "--batch-size", 12, "--out", run]
+    inside("train_teacher.py", *line)
+    output = inside("evaluate.py", "--ckpt", run).split()
+    assert output[output.index("mine") + 5] == "12.50" and written(run)["mine"] == 0.125
+    assert json.loads((run / "log.jsonl").read_text())["val_mine"] == 0.125
+
+
 def test_a_checkpoint_is_scored_on_its_own_fold(folds, tmp_path):
     paths = [checkpoint(tmp_path / f"cnn-fold{k}-s0" / "best.pt", folds, fold=k) for k in (2, 3)]
     inside("evaluate.py", "--ckpt", paths[0])
@@ -363,6 +374,16 @@ def test_a_recipe_without_averaging_prunes_only(folds, tmp_path):
     folder = trained(tmp_path / "run", folds, 2, average="off", fold=1)
     assert "its recipe has no weight averaging" in inside("evaluate.py", "--average", folder)
     assert left(folder) == ["last.pt"]
+
+
+def test_an_average_that_was_killed_while_it_pruned_is_finished(multi, tmp_path):
+    folder = trained(tmp_path / "run", multi, seed=8)
+    inside("evaluate.py", "--average", folder, "--keep-epochs")
+    whole = (folder / "wa.pt").read_bytes()
+    for name in ("ep-00.pt", "ep-01.pt"):
+        (folder / name).unlink()
+    assert f"{folder} is averaged already" in inside("evaluate.py", "--average", folder)
+    assert left(folder) == ["last.pt", "wa.pt"] and (folder / "wa.pt").read_bytes() == whole
 
 
 def test_the_average_is_chosen_on_data_that_moved(multi, tmp_path):

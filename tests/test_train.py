@@ -119,6 +119,7 @@ def test_every_cell_of_the_recipe_table_is_the_papers(column):
         (Fake("csv", "multi-label", 500), ["--model", "ast-tiny", "--warmup", 7], {"warmup": 7}),
         (Fake("csv", "multi-label", 5), ["--model", CNN], {"batch_size": 5, "warmup": 5}),
         (DEMO, ["--model", CNN], {"recipe": "demo", "pretrained": "no"}),
+        (FSD, ["--model", CNN, "--pretrained", ""], {"pretrained": "imagenet"}),  # of an empty variable: never random
         (DEMO, ["--model", CNN, "--recipe", "fsd50k"], {"lr": 5e-4, "pretrained": "imagenet"}),
         (
             FSD,
