@@ -271,7 +271,7 @@ IN_MEMORY |= {f".attn.{p}.": f".attention.{p}_proj." for p in "qkv"}
 
 
 def from_hugging_face(state):
-    """Hugging Face AST names -> the original release's, with query, key and value joined into one matrix."""
+    """Hugging Face AST names -> the original release's, with query, key and value joined; the release's own stay."""
     out = {}
     for key, value in state.items():
         for ours, theirs in (*HF_NAMES.items(), *IN_MEMORY.items()):
@@ -343,11 +343,9 @@ def from_timm_vit(state, grid, source):
 
 def to_ast(model, state, source):
     """A state dict of timm's ViTs, of the AST release or of Hugging Face's AST, with our AST's names and positions."""
-    changed, square = [], "patch_embed.proj.weight" in state  # timm's ViTs, of square images; all else has our 12 rows
-    if any(k.startswith(BODY) for k in state):
-        state = from_hugging_face(state)
-    elif square:
-        state, changed = from_timm_vit(state, model.v.patch_embed.grid_size, source)
+    square = "patch_embed.proj.weight" in state  # timm's ViTs, of square images; all else has our 12 rows
+    grid = model.v.patch_embed.grid_size  # DeiT's, for patches of another size
+    state, changed = from_timm_vit(state, grid, source) if square else (from_hugging_face(state), [])
     state = {k: v for k, v in state.items() if not re.match(r"v\.head(_dist)?\.", k)}  # DeiT's own, unused by AST
     if (pos := state.get("v.pos_embed")) is not None:
         n = pos.shape[1] - 2
