@@ -145,7 +145,7 @@ def main():
                 run.optimizer.step()
                 if bar.update(args.batch_size):  # now and then
                     bar.set_postfix(train_teacher.means(run, log[: step + 1]), refresh=False)
-                if run.stop.is_set() or time.monotonic() - run.saved > train_teacher.RESUME_SECONDS:
+                if run.stop or time.monotonic() - run.saved > train_teacher.RESUME_SECONDS:
                     train_teacher.save_last(run, log[: step + 1])
         train_teacher.finish_epoch(run, log, began, (n_steps - first) * args.batch_size)
 

@@ -18,7 +18,6 @@ import resource
 import shutil
 import signal
 import sys
-import threading
 import time
 import types
 
@@ -212,7 +211,7 @@ def begin(args, data, val, device, suffix="", **meta):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     run = types.SimpleNamespace(
         args=args, data=data, val=val, device=device, meta=meta, model=model, optimizer=optimizer,
-        history=history, log=log, names=names, saved=time.monotonic(), stop=threading.Event(),
+        history=history, log=log, names=names, saved=time.monotonic(), stop=False,
     )  # fmt: skip
     if last:
         print(f"resuming from {path}: epoch {len(history) + 1}, step {len(log)}")
@@ -223,7 +222,7 @@ def begin(args, data, val, device, suffix="", **meta):
         check_disk(run)
         if not last:
             models.save_checkpoint(args.out / "ep-00.pt", model, **meta, epoch=0)
-    signal.signal(signal.SIGTERM, lambda *_: run.stop.set())  # a pre-emption: the loop looks after each step
+    signal.signal(signal.SIGTERM, lambda *_: setattr(run, "stop", True))  # a pre-emption: each step looks at it
     return run
 
 
@@ -295,7 +294,7 @@ def save_last(run, log):
     state = {"optimizer": run.optimizer.state_dict(), "history": run.history, "epoch": len(run.history)}
     models.save_checkpoint(run.args.out / "last.pt", run.model, **run.meta, **state, log=log.cpu(), names=run.names)
     run.saved = time.monotonic()
-    if run.stop.is_set():
+    if run.stop:
         print(f"stopped by SIGTERM; the same command resumes from {run.args.out}/last.pt", file=sys.stderr, flush=True)
         os._exit(143)  # other processes may be waiting for this one: torchrun ends them
 
@@ -371,7 +370,7 @@ def main():
                 run.optimizer.step()
                 if bar.update(args.batch_size):  # now and then
                     bar.set_postfix(means(run, log[: step + 1]), refresh=False)
-                if run.stop.is_set() or time.monotonic() - run.saved > RESUME_SECONDS:
+                if run.stop or time.monotonic() - run.saved > RESUME_SECONDS:
                     save_last(run, log[: step + 1])
         finish_epoch(run, log, began, (n_steps - first) * args.batch_size)
 
