@@ -94,7 +94,7 @@ def resolve(args, data):
     kind = "ast" if models.family(args.model) == "ast" else "cnn"
     like = {"multi-label": "fsd50k", "single-label": "esc50"}[data.task]  # of data that has no row
     args.recipe = args.recipe or (data.source if f"{data.source} {kind}" in RECIPES else like)
-    row = dict(zip(COLUMNS, RECIPES[f"{args.recipe} {kind}"]))
+    row = dict(zip(COLUMNS, RECIPES[f"{args.recipe} {kind}"]), time_mask=round(TIME_MASK * data.n_frames))
     args.pretrained = args.pretrained or ("no" if args.recipe == "demo" else "imagenet")
     if args.recipe == "esc50" and kind == "ast" and args.pretrained not in ("no", "imagenet"):
         image = pathlib.Path(args.pretrained).exists() and "cls_token" in models.read_weights(args.pretrained)
@@ -102,8 +102,6 @@ def resolve(args, data):
     for key, value in row.items():
         if getattr(args, key, None) is None:  # decay and average have no flag
             setattr(args, key, value)
-    if args.time_mask is None:
-        args.time_mask = round(TIME_MASK * data.n_frames)
     if isinstance(args.average, int) and args.epochs != row["epochs"] or args.average == "val" and not data.has_val:
         args.average = args.epochs // 3 + 1  # the last two thirds
     check_ranges(args, data, kind)
