@@ -116,12 +116,11 @@ def resolve(args, data):
 
 
 def check_ranges(args, data, kind):
-    grid = dataset.patch_grid(data.n_frames)
     checks = [
         ("epochs", args.epochs >= 1), ("lr", 0 < args.lr < math.inf), ("batch_size", args.batch_size >= 1), ("warmup", args.warmup >= 0),
         ("mixup", 0 <= args.mixup <= 1), ("freq_mask", 0 <= args.freq_mask <= 128), ("time_mask", 0 <= args.time_mask <= data.n_frames),
         ("label_smoothing", 0 <= args.label_smoothing < 1), ("seed", 0 <= args.seed < 2**63),
-        ("patchout", all(0 <= p < n for p, n in zip(args.patchout, grid))),
+        ("patchout", all(0 <= p < n for p, n in zip(args.patchout, dataset.patch_grid(data.n_frames)))),
     ]  # fmt: skip
     for key, good in checks:
         if not good:
@@ -149,8 +148,7 @@ def claim(args, data, suffix=""):
         fold = "" if args.fold is None else f"-fold{args.fold}"
         args.out = pathlib.Path("exp", name, f"{args.model}{suffix}{fold}-s{args.seed}".replace(":", "-"))
     settings = {k: v for k, v in vars(args).items() if k not in ("out", "given")}
-    tables = [*data.stats["tables"].values()]  # their CRCs as prepared: a later edit is allowed
-    settings |= {"data": str(data.root), "tables": tables}
+    settings |= {"data": str(data.root), "tables": [*data.stats["tables"].values()]}  # CRCs as prepared, not as edited
     settings = json.loads(json.dumps(settings))  # tuples become lists
     models.check_same(data.root, [data.stats["crc32"], len(data), data.mean, settings.get("teacher_args")])
     if dataset.rank():
