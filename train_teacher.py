@@ -192,10 +192,8 @@ def begin(args, data, val, device, suffix="", **meta):
     path = args.out / "last.pt"
     meta |= {"classes": data.classes, "mean": data.mean, "std": data.std, "n_frames": data.n_frames, "task": data.task}
     meta |= {"sample_rate": data.stats["sample_rate"], "data": str(data.root.resolve()), "args": settings}
-    history, log, names, last = [], torch.zeros(0, COLUMNS_OF_LOG), [], None
-    if path.exists():
-        last = models.read_checkpoint(path)
-        history, log, names = last["history"], last["log"], last["names"]
+    last = models.read_checkpoint(path) if path.exists() else {}
+    history, log = last.get("history", []), last.get("log", torch.zeros(0, COLUMNS_OF_LOG))
     models.check_same(path, (len(history), len(log)))
     if len(history) >= args.epochs:
         print(f"{args.out} is trained already ({args.epochs} epochs); remove it to train again")
@@ -207,7 +205,7 @@ def begin(args, data, val, device, suffix="", **meta):
     optimizer = torch.optim.Adam(model.parameters(), args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
     run = types.SimpleNamespace(
         args=args, data=data, val=val, device=device, meta=meta, model=model, optimizer=optimizer,
-        history=history, log=log, names=names, saved=time.monotonic(), stop=False,
+        history=history, log=log, names=last.get("names", []), saved=time.monotonic(), stop=False,
     )  # fmt: skip
     if last:
         print(f"resuming from {path}: epoch {len(history) + 1}, step {len(log)}")
