@@ -404,7 +404,7 @@ def load_pretrained(model, path, state=None):
 
 def plain_state(model):
     """The state dict on the CPU, under the names of the bare model whatever wraps it (DDP, torch.compile)."""
-    return {re.sub(WRAPPER, "", k): v.detach().to("cpu", copy=True) for k, v in model.state_dict().items()}
+    return {re.sub(WRAPPER, "", k): v.to("cpu", copy=True) for k, v in model.state_dict().items()}
 
 
 def save_checkpoint(path, model, **meta):
@@ -507,7 +507,7 @@ def load_checkpoint(path, n_frames=None):
     A folder is an AST as Hugging Face holds it. Errors as read_checkpoint, and ValueError where the weights do not fit."""
     meta = read_folder(pathlib.Path(path)) if os.path.isdir(path) else read_checkpoint(path)
     spec, state, eps = meta["model"], meta.pop("state"), meta.pop("eps", None)
-    model = build_model(**spec | ({"n_frames": n_frames} if n_frames else {}))
+    model = build_model(**spec | {"n_frames": n_frames or spec["n_frames"]})
     try:
         model.load_state_dict(to_ast(model, state, path)[0] if isinstance(model, AST) else state)
     except RuntimeError as e:
