@@ -97,8 +97,8 @@ def predict(model, data, device, mean, std, batch_size=48, label="predict", prec
     """Probabilities (N, C) float32 and targets (N, C) of a data set, in its order, on every rank: each takes every world-th
     clip. disturb(clips) gives the draws and the noise with which dataset.augment changes these clips (Section 4.3)."""
     model.eval()
-    mine, found = np.arange(rank(), len(data), world()), []
-    on_gpu = device.type == "cuda"
+    mine, on_gpu = np.arange(rank(), len(data), world()), device.type == "cuda"
+    found = torch.zeros(len(data), len(data.classes), device=device)
 
     def host(at):
         clips = mine[at : at + batch_size]
@@ -113,15 +113,10 @@ def predict(model, data, device, mean, std, batch_size=48, label="predict", prec
                 x = F.pad(x, (0, 0, 0, 0, 0, batch_size - n))
             with models.autocast(device, precision):
                 logits = model(x)[:n].float()
-            found.append(probabilities(logits, data.task))
+            found[clips[0] : clips[-1] + 1 : world()] = probabilities(logits, data.task)
             bar.update(n)
-    found = torch.cat(found) if found else torch.zeros(0, len(data.classes), device=device)
     if world() > 1:
-        padded = found.new_zeros(math.ceil(len(data) / world()), found.shape[1])
-        padded[: len(found)] = found
-        parts = [torch.empty_like(padded) for _ in range(world())]
-        dist.all_gather(parts, padded)
-        found = torch.stack(parts, 1).flatten(0, 1)[: len(data)]  # clip i was row i // world of rank i % world
+        dist.all_reduce(found)  # a row is 0 in all ranks but one
     y = dataset.targets(torch.from_numpy(data.labels), len(data.classes), data.task)
     return found.cpu().numpy(), y.numpy()
 
