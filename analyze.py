@@ -228,17 +228,13 @@ def svcca(u, v):
 
 
 def predict_with_features(model, meta, data, device, label):
-    """-> probabilities (N, C), representations (N, d), in one pass: what the heads see is model.features(x), for an AST
-    with two heads its two tokens, for a hybrid its frames."""
-    heads, seen = [model.mlp_head if isinstance(model, models.AST) else model.head], []
-    heads += [] if model.kd_head is None else [model.kd_head]
-    look = lambda _, z: seen.append(z[0].mean(1) if z[0].ndim == 3 else z[0])  # (b, d)
-    hooks = [head.register_forward_pre_hook(look) for head in heads]
-    p, _ = evaluate.predict(model, data, device, meta["mean"], meta["std"], label=label)
-    for hook in hooks:
-        hook.remove()
-    z = sum(torch.cat(seen[i :: len(heads)]) for i in range(len(heads))) / len(heads)
-    return p, z[: len(data)].cpu().numpy()  # predict fills up the last batch
+    """-> probabilities (N, C), representations (N, d) as of model.features(x), in one pass: the mean of an AST's two tokens
+    after its final norm, or of a CNN's or hybrid's map."""
+    is_ast, seen = isinstance(model, models.AST), []
+    look = lambda _, x, z: seen.append(z[:, :2].float().mean(1) if is_ast else z.float().mean((2, 3)))  # (b, d)
+    with (model.v.norm if is_ast else model.backbone).register_forward_hook(look):
+        p, _ = evaluate.predict(model, data, device, meta["mean"], meta["std"], label=label)
+    return p, torch.cat(seen)[: len(data)].cpu().numpy()  # predict fills up the last batch
 
 
 def similarity(args, device):
