@@ -268,7 +268,7 @@ def similarity(args, device):
 def draw_matrices(matrices, names, taught):
     """Heat maps with their numbers, those of a student and its teacher, taught (n, n), in a box"""
     n = len(names)
-    fig, axes = evaluate.figure(3.5 + 1.3 * n, 1.8 + 0.6 * n, 1, 2)
+    fig, axes = evaluate.figure(3.5 + 1.3 * n, 1.8 + 0.6 * n, 1, 2, sharey=True)
     titles = "Prediction correlation (Pearson's r)", f"SVCCA ({VARIANCE:.0%} of the variance)"
     for ax, title, matrix in zip(axes, titles, matrices.values()):
         low = matrix.min()
@@ -278,9 +278,8 @@ def draw_matrices(matrices, names, taught):
             ax.text(j, i, f"{matrix[i, j]:.3f}", ha="center", va="center", color=color)
             if taught[i, j]:
                 ax.add_patch(Rectangle((j - 0.48, i - 0.48), 0.96, 0.96, fill=False, ec="C3", lw=1.5))
-        ax.set(title=title, xticks=range(n), yticks=range(n))
-        ax.set_xticklabels(names, rotation=30, ha="right", rotation_mode="anchor")
-        ax.set_yticklabels(names if ax is axes[0] else [])
+        ax.set(title=title, yticks=range(n), yticklabels=names)
+        ax.set_xticks(range(n), names, rotation=30, ha="right", rotation_mode="anchor")
     return fig
 
 
