@@ -413,9 +413,8 @@ def summary(folder):
     what += f" ({'-'.join(map(str, sorted({min(clips), max(clips)})))} clips)"
     text = f"{folder.name}, {what}; in percent, mean ± standard deviation over {over}\n\n" + "\n".join(rows) + "\n"
     dataset.atomic_write(folder / "summary.md", lambda p: p.write_text(text, encoding="utf-8"))
-    print(text)
-    drawn = draw_curves(folder, f"val_{main}")
-    print(f"wrote {folder / 'summary.md'}" + (f" and {drawn}" if drawn else ""))
+    print(f"{text}\nwrote {folder / 'summary.md'}")
+    draw_curves(folder, main)
 
 
 def read_log(run, *keys):
@@ -428,18 +427,18 @@ def read_log(run, *keys):
         raise ValueError(f"{path} is damaged: leave this run out (remove the file), or train it again") from e
 
 
-def draw_curves(folder, score):
-    """summary.png: this score on validation, of every run by epoch, with and without KD (as Figure 3)."""
-    logs = {path.parent.name: read_log(path.parent, score, "loss_d") for path in sorted(folder.glob("*/log.jsonl"))}
-    logs = {name: log for name, log in logs.items() if score in log}
+def draw_curves(folder, main):
+    """summary.png: the main score on validation, of every run by epoch, with and without KD (as Figure 3)."""
     fig, (ax,) = figure(7, 4.2, grid="both")
-    for name, log in logs.items():
-        values = [100 * v for v in log[score]]
-        ax.plot(range(1, len(values) + 1), values, "-o" if "loss_d" in log else "--o", ms=3, label=name)
-    ax.set(xlabel="epoch", ylabel=f"validation {score.removeprefix('val_')} (%)")
-    if logs:
+    for path in sorted(folder.glob("*/log.jsonl")):
+        log = read_log(path.parent, "val_score", "loss_d")
+        if values := [100 * v for v in log.get("val_score", [])]:
+            style = "-o" if "loss_d" in log else "--o"
+            ax.plot(range(1, len(values) + 1), values, style, ms=3, label=path.parent.name)
+    ax.set(xlabel="epoch", ylabel=f"validation {main} (%)")
+    if ax.lines:
         save_figure(fig, folder / "summary.png")
-    return logs and folder / "summary.png"
+        print(f"wrote {folder / 'summary.png'}")
 
 
 # ------------------------------------------------------------------------------------------------------------ tags

@@ -494,7 +494,7 @@ def test_the_curves_of_a_hundred_runs_have_room(tmp_path, capsys):
     """One of them is taught, whatever its name: its line is solid, as its log has the teacher's loss."""
     for i in range(100):
         result(tmp_path, f"efficientnet-b2--tau-{i}", "best", 0.5)
-        entry = {"epoch": 1, "loss": 1.0, "val_mAP": 0.5} | ({"loss_d": 1.0} if i == 7 else {})
+        entry = {"epoch": 1, "loss": 1.0, "val_score": 0.5} | ({"loss_d": 1.0} if i == 7 else {})
         (tmp_path / f"efficientnet-b2--tau-{i}" / "log.jsonl").write_text(json.dumps(entry) + "\n")
     drawn = []
     with pytest.MonkeyPatch.context() as patch:
