@@ -22,7 +22,6 @@ import math
 import os
 import pathlib
 import re
-import statistics
 import sys
 import time
 import warnings
@@ -358,8 +357,8 @@ def mean_and_deviation(results, key, one_seed):
     whole = [v for v in by_seed.values() if len(v) == max(map(len, by_seed.values()))]
     if not whole:
         return "-"
-    values = whole[0] if one_seed else [statistics.mean(v) for v in whole]
-    return f"{statistics.mean(values):.1f}" + (f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else "")
+    values = whole[0] if one_seed else [np.mean(v) for v in whole]
+    return f"{np.mean(values):.1f}" + (f" ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else "")
 
 
 def setting(run):
