@@ -211,10 +211,10 @@ def score_checkpoints(paths, split, root, device):
     print(f"{data.count()} clips of {data.root} ({split}) -> {metrics}, {per_class.name}")
 
 
-def short(name, length=40):
+def short(name):
     """A class name as it fits into a table or a figure: in one line, and cut"""
     name = " ".join(name.split())
-    return name if len(name) <= length else name[: length - 1] + "…"
+    return name if len(name) <= 40 else name[:39] + "…"
 
 
 def print_scores(found, classes, ap, positives):
@@ -486,7 +486,7 @@ def stream_audio(path, window, hop):
 
 
 def open_taggers(a, device):
-    """The checkpoints of --ckpt, window and hop in s; ValueError for flags that do not fit them."""
+    """The checkpoints of --ckpt, window and hop in s, whether to tag frames; ValueError for flags that do not fit them."""
     loaded = [(model.to(device), meta) for model, meta in map(models.load_checkpoint, a.ckpt)]
     first = loaded[0][1]
     limit = min([m.n_frames / 100 for m, _ in loaded if isinstance(m, models.AST)], default=math.inf)  # s
@@ -499,7 +499,8 @@ def open_taggers(a, device):
         raise ValueError(f"--window {window:g} --hop {hop:g}: a window lasts 0.1 to 3600 s, a hop 0.01 s to one window")
     if window > limit:
         raise ValueError(f"--window {window:g} is longer than the {limit:g} s that this AST takes")
-    if a.frames and (len(loaded) > 1 or models.family(first["model"]["name"]) != "cnn"):
+    frames = bool(a.frames or a.plot) and len(loaded) == 1 and models.family(first["model"]["name"]) == "cnn"
+    if a.frames and not frames:
         raise ValueError("--frames works with one CNN, no AST, hybrid or ensemble: use --json, tags by window")
     if a.embed and len(loaded) > 1:
         raise ValueError("--embed writes the features of one checkpoint: give one --ckpt")
@@ -511,7 +512,7 @@ def open_taggers(a, device):
         raise ValueError(f"--top {a.top} is out of range: it must be at least 1")
     if limit < math.inf:
         print(f"an AST takes {limit:g} s: shorter clips are padded with 0.0 log-mel, as in training")
-    return loaded, window, hop
+    return loaded, window, hop, frames
 
 
 @torch.no_grad()
@@ -553,9 +554,8 @@ def tag(a, device):
         import prep_data
     except ImportError as e:
         raise ValueError(f"--audio needs soundfile and torchaudio, and {e.name} is missing: install {e.name}") from e
-    loaded, window, hop = open_taggers(a, device)
+    loaded, window, hop, frames = open_taggers(a, device)
     classes, files = loaded[0][1]["classes"], audio_files(a.audio)
-    frames = bool(a.frames or a.plot) and len(loaded) == 1 and models.family(loaded[0][1]["model"]["name"]) == "cnn"
     best = lambda p: [{"class": classes[c], "probability": round(float(p[c]), 6)} for c in (-p).argsort()[: a.top]]
     found, rows, features, failed = [], [], [], []
     with models.progress(None, "tags", unit="window") as bar:
