@@ -310,21 +310,18 @@ def one_form(name):
 
 def class_folders(root):
     """A folder of class-named folders, audio at any depth below them; above them may stand train, val and eval folders."""
-    folders = lambda at: [p for p in sorted(at.iterdir()) if p.is_dir() and not p.name.startswith(".")]
-    groups = [("", p) for p in folders(root) if next(files_below(p), None)]
-    tops = [p for _, p in groups if p.name.lower() in SPLITS]
-    if 0 < len(tops) < len(groups):
-        raise ValueError(f"{root} holds folders of splits ({tops[0].name}) beside others: give a table")
-    if tops:
-        groups = [(SPLITS[top.name.lower()], p) for top in tops for p in folders(top)]
-    found = []
-    for split, folder in groups:
-        found += [(split, one_form(folder.name), p) for p in sorted(map(pathlib.Path, files_below(folder)))]
-    index = {name: i for i, name in enumerate(sorted({name for _, name, _ in found}))}  # those that hold audio
-    clips = [Clip(p.relative_to(root).as_posix(), str(p), split, "", [index[name]]) for split, name, p in found]
+    paths = sorted(pathlib.Path(p).relative_to(root) for p in files_below(root))  # [split/]class/.../file
+    tops = {p.parts[0] for p in paths if len(p.parts) > 1}
+    splits = {top for top in tops if top.lower() in SPLITS}
+    if splits and splits != tops:
+        raise ValueError(f"{root} holds folders of splits ({min(splits)}) beside others: give a table")
+    at = 1 if splits else 0  # the place of the class in a path
+    found = [(SPLITS.get(p.parts[0].lower(), ""), one_form(p.parts[at]), p) for p in paths if len(p.parts) > at + 1]
+    index = {name: i for i, name in enumerate(sorted({name for _, name, _ in found}))}
+    clips = [Clip(p.as_posix(), str(root / p), split, "", [index[name]]) for split, name, p in found]
     if len(index) < 2 or all(re.fullmatch(r"fold[ _-]?\d+", name, re.IGNORECASE) for name in index):
         raise ValueError(f"{root} holds no class folders with audio: give {root}/CLASS/*.wav, or a table")
-    return [("", name) for name in index], clips if tops else make_split(clips, len(index), root)
+    return [("", name) for name in index], clips if splits else make_split(clips, len(index), root)
 
 
 def own_table(table):
