@@ -321,7 +321,7 @@ def class_folders(root):
     clips = [Clip(p.as_posix(), str(root / p), split, "", [index[name]]) for split, name, p in found]
     if len(index) < 2 or all(re.fullmatch(r"fold[ _-]?\d+", name, re.IGNORECASE) for name in index):
         raise ValueError(f"{root} holds no class folders with audio: give {root}/CLASS/*.wav, or a table")
-    return [("", name) for name in index], clips if splits else make_split(clips, len(index), root)
+    return [("", name) for name in index], clips if splits else make_split(clips, root)
 
 
 def own_table(table):
@@ -345,14 +345,14 @@ def own_table(table):
         if 0 < len(empty) < len(clips):
             raise ValueError(f"{table} line {empty[0]}: no {column}, though other lines have one")
     given = (clips[0].split, clips[0].fold) != ("", "")
-    return [("", name) for name in index], clips if given else make_split(clips, len(index), table)
+    return [("", name) for name in index], clips if given else make_split(clips, table)
 
 
-def make_split(clips, n_classes, source, seed=0):
+def make_split(clips, source, seed=0):
     """80/10/10 by iterative stratification (Sechidis et al., 2011): rare classes first, a clip to the split that lacks it."""
     print(f"{source} has neither split nor fold: made a stratified 80/10/10 split from seed {seed}, see clips.csv")
     shares, members = {"train": 0.8, "val": 0.1, "eval": 0.1}, collections.defaultdict(list)
-    labels = [c.labels or [n_classes] for c in clips]  # no label is a class of its own here
+    labels = [c.labels or [math.inf] for c in clips]  # no label is a class of its own here
     for i in np.random.default_rng(seed).permutation(len(clips)).tolist():
         for k in labels[i]:
             members[k].append(i)
