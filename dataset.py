@@ -177,9 +177,7 @@ class FbankDataset(torch.utils.data.Dataset):
         self.root, self.split, self.fold, self.cache = pathlib.Path(root), split, fold, None
         if not (self.root / "stats.json").is_file():
             what = "is not complete (interrupted?)" if any(self.root.glob("fbank-*")) else "is not a prepared folder"
-            raise FileNotFoundError(
-                f"{self.root} {what}: run prep_data.py with --out {self.root}, or give --data where it is now"
-            )
+            raise FileNotFoundError(f"{self.root} {what}: run prep_data.py with --out {self.root}, or correct --data")
         self.stats = read_json(self.root / "stats.json", "source", "task", "n_frames", "sample_rate", "crc32", "tables")
         if (version := self.stats.get("version")) != VERSION:
             raise ValueError(f"{self.root} has format version {version}, not {VERSION}: prepare it again")
