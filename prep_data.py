@@ -578,13 +578,13 @@ def fill_row(shard, start, n_frames, seconds, row, clip):
     return len(x), wide.mean().item(), wide.var(correction=0).item()
 
 
-def make_shards(shards, notes, fingerprint, n_frames, seconds, workers):
+def make_shards(shards, notes, n_frames, seconds, workers):
     """Have a pool of processes fill the rows of the shards {path: clips} that are still to be read, a few shards at a time so
     that no worker waits, and put each shard in place and then its note. Clips that could not be read are tried again."""
-    unread = {shard: [i for i, what in enumerate(notes[shard]["found"]) if isinstance(what, str)] for shard in shards}
+    unread = {s: [i for i, what in enumerate(note["found"]) if isinstance(what, str)] for s, note in notes.items()}
 
     def make(shard):
-        rows, clips = unread[shard], shards[shard]
+        rows, clips, note = unread[shard], shards[shard], notes[shard]
 
         def fill(path):
             if len(rows) < len(clips):
@@ -594,13 +594,13 @@ def make_shards(shards, notes, fingerprint, n_frames, seconds, workers):
             start = np.load(path, mmap_mode="r").offset
             fill_own = functools.partial(fill_row, path, start, n_frames, seconds)
             for row, what in zip(rows, pool.map(fill_own, rows, [clips[row] for row in rows], chunksize=CHUNK)):
-                notes[shard]["found"][row] = what
+                note["found"][row] = what
                 bar.update()
 
         shard.with_suffix(".json").unlink(missing_ok=True)  # killed before it is back, the shard is made anew
         atomic_write(shard, fill)
-        notes[shard] |= {"fingerprint": fingerprint, "crc32": crc32(shard)}
-        write_json(shard.with_suffix(".json"), notes[shard])
+        note["crc32"] = crc32(shard)
+        write_json(shard.with_suffix(".json"), note)
 
     # fork, as torch's own DataLoader does on Linux: a worker starts at once, without importing torch again
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
@@ -632,21 +632,20 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
     digest = hashlib.sha256(repr([facts, classes]).encode())
     for c in clips:
         digest.update(repr((c.id, c.path, c.split, c.fold, c.labels)).encode())
-    facts["fingerprint"] = digest.hexdigest()[:16]
+    fingerprint = facts["fingerprint"] = digest.hexdigest()[:16]
     out.mkdir(parents=True, exist_ok=True)
     dataset.lock(out)
     try:
         begun = [*out.glob("stats.json"), *out.glob("fbank-*.json")]
         if not begun and (out / "clips.csv").exists():
             raise ValueError(f"{out} holds a clips.csv without a stats.json: give another --out, or move that table")
-        for path in begun[:1]:
-            if read_json(path).get("fingerprint") != facts["fingerprint"]:
-                raise ValueError(f"{out} holds other clips or other settings: give another --out, or remove it")
+        if begun and read_json(begun[0]).get("fingerprint") != fingerprint:
+            raise ValueError(f"{out} holds other clips or other settings: give another --out, or remove it")
         if (out / "stats.json").exists():
             print(f"{out} is complete: nothing to do")
         else:
             shards = {out / f"fbank-{i // SHARD:05d}.npy": clips[i : i + SHARD] for i in range(0, len(clips), SHARD)}
-            notes = {shard: {"found": [""] * len(own)} for shard, own in shards.items()}  # '': not read yet
+            notes = {s: {"fingerprint": fingerprint, "found": [""] * len(own)} for s, own in shards.items()}  # unread
             notes |= {s: read_json(p) for s in shards if s.exists() and (p := s.with_suffix(".json")).exists()}
             gb = sum(len(own) for s, own in shards.items() if not s.exists()) * n_frames * N_MELS * 2 / 1e9
             names = ", ".join(name for _, name in classes[:5]) + ", ..." * (len(classes) > 5)
@@ -656,8 +655,8 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
             print(f"{source}: {kind}; {workers} workers -> {out}")
             if gb > (free := shutil.disk_usage(out).free / 1e9):
                 raise OSError(f"{out} has {free:.1f} GB free, its shards need {gb:.1f}: give --out on a larger disk")
-            make_shards(shards, notes, facts["fingerprint"], n_frames, seconds, workers)
-            write_tables(out, facts, classes, clips, missing, [notes[shard] for shard in shards])
+            make_shards(shards, notes, n_frames, seconds, workers)
+            write_tables(out, facts, classes, clips, missing, notes.values())
         for note in out.glob("fbank-*.json"):
             note.unlink()
     finally:
