@@ -726,14 +726,14 @@ def main():
         raise ValueError(f"--clip-seconds {seconds:g} is out of range [0.16, 3600]")
     source = "esc50" if a.dataset == "esc10" else a.dataset  # ESC-10 is a part of ESC-50
     root = a.root or out.absolute().parent / f"{out.absolute().name if source == 'demo' else source}-audio"
-    if a.root is None and source in ("csv", "audioset"):
-        raise ValueError(f"{source} cannot be downloaded: it needs --root, see --help")
     if a.root is None and source in DOWNLOADS:
         root.mkdir(parents=True, exist_ok=True)
         dataset.lock(root)
         download(source, root)
         dataset.unlock(root)
-    elif not root.exists() and source != "demo":
+    elif a.root is None and source != "demo":
+        raise ValueError(f"{source} cannot be downloaded: it needs --root, see --help")
+    elif source != "demo" and not root.exists():
         raise FileNotFoundError(f"--root {root} does not exist")
     classes, clips = list_clips(root.absolute())
     prepare(out, a.dataset, classes, clips, a.task or task, seconds, a.workers)
