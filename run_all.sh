@@ -39,7 +39,7 @@ case $1 in
     ;;
 esac
 case $NAME in
-  demo) : "${FOLDS:=none}" "${CNN:=timm:resnet10t}" "${AST:=ast-tiny}" "${PATCHOUT:=4 3}" ;;
+  demo) : "${CNN:=timm:resnet10t}" "${AST:=ast-tiny}" "${PATCHOUT:=4 3}" ;;
   esc10 | esc50) : "${FOLDS:=1 2 3 4 5}" ;;
   fsd50k) : "${CNN_TEACHERS:=${CNN:-efficientnet-b0 densenet-121}}" "${AST_TEACHERS:=${AST:-ast-tiny}}" ;;
 esac
