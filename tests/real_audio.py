@@ -58,8 +58,8 @@ AGAIN |= {"f32-ast-whole-from-cnn": (f"{WHOLE} {BY_CNN}", "cnn")}
 for tau, lam in TAU_LAM:
     both = f"--tau {tau} --lam {lam} --teacher-precision float32"
     AGAIN[f"f32-ast-from-cnn-tau{tau}-lam{lam}"] = (f"{AST} {both}", "cnn")
-    if tau != 2.5:  # not run for the CNN
-        AGAIN[f"f32-cnn-from-ast15-tau{tau}-lam{lam}"] = (f"{CNN} {both}", "f32-ast15")
+    AGAIN[f"f32-cnn-from-ast15-tau{tau}-lam{lam}"] = (f"{CNN} {both}", "f32-ast15")
+AGAIN["f32-cnn-from-ast15-conv"] = (f"{CNN} {BY_AST} --conventional", "f32-ast15")
 AGAIN = {name: (flags.replace("bfloat16", "float32"), teacher) for name, (flags, teacher) in AGAIN.items()}
 ON_ALL_FOLDS = ("cnn", "f32-ast-whole", "f32-ast-whole-from-cnn")
 LINEAR = "return torch.lerp(b, a, lam).masked_fill(t >= n_a, 0.0)"
@@ -241,6 +241,7 @@ def table_of_one_fold():
     for tau, lam in TAU_LAM:
         names = (f"{name}-tau{tau}-lam{lam}" for name in ("f32-cnn-from-ast15", "f32-ast-from-cnn"))
         rows.append((f"tau {tau}, lambda {lam}", *names))
+    rows.append(("tau 1, lambda 0.5, conventional teacher", "f32-cnn-from-ast15-conv", ""))
     rows.append(("tau 1, lambda 0.5, without patchout", "", "f32-ast-whole-from-cnn"))
     lines = [
         "| fold 1: accuracy, mAP | CNN, taught by the AST of 15 epochs | AST of 5 epochs, taught by the CNN |",
