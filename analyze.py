@@ -42,17 +42,14 @@ FRAME_MS = 10
 # ----------------------------------------------------------------------------------------------------- checkpoints
 
 
-def parse(items, file="best.pt"):
-    """Arguments [LABEL=]PATH -> [(label or "", path)]: checkpoints, a run's folder standing for its best.pt; or another `file`
-    of each run, of which a checkpoint names the folder. FileNotFoundError for a path that is not there."""
+def parse(items):
+    """Arguments [LABEL=]PATH -> [(label or "", path of a checkpoint)]; FileNotFoundError for a path that is not there."""
     found = []
     for item in items:
         label, _, path = item.partition("=") if "=" in item and not os.path.exists(item) else ("", "", item)
-        path = pathlib.Path(path)
-        if path.is_dir() or file != "best.pt":
-            path = (path if path.is_dir() else path.parent) / file
+        path = models.best_of(path)
         if not path.is_file():
-            raise FileNotFoundError(f"there is no {path}: give a checkpoint, or a run's folder as training wrote it")
+            raise FileNotFoundError(f"{path} is neither a checkpoint nor a run's folder with best.pt: give one of these")
         found.append((label, path))
     return found
 
@@ -374,7 +371,7 @@ def curves(args, device):
     """Training loss (the one against the labels, Loss_g), and train and eval score by epoch; without ep-NN.pt the validation
     score of the log instead. A star marks the epoch that is best on validation, or in the panel where there is none.
     curves.json keeps the scores for a rerun."""
-    items, path = parse(args.ckpt, "log.jsonl"), args.out / "curves.json"
+    items, path = parse(args.ckpt), args.out / "curves.json"
     old, data = dataset.read_json(path) if path.exists() else {}, args.data and str(args.data.resolve())
     content, pruned = {}, None
     for label, run in zip(labels_of(items), [path.parent for _, path in items]):

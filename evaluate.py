@@ -310,12 +310,13 @@ def average_run(run, device, keep_epochs=False, root=None):
     if not (run / "last.pt").exists() or models.read_checkpoint(run / "last.pt")["epoch"] < args["epochs"]:
         raise ValueError(f"{run} is not trained to its last epoch ({args['epochs']}): run its training command again")
     paths = [run / f"ep-{epoch:02d}.pt" for epoch in range(1, args["epochs"] + 1)]
+    pruned = not all(path.exists() for path in paths)
     if args["average"] == "off":
         print(f"{run}: its recipe has no weight averaging")
-    elif (run / "wa.pt").exists() and not all(path.exists() for path in paths):
+    elif pruned and (run / "wa.pt").exists():
         print(f"{run} is averaged already")  # and was killed while it pruned
     else:
-        if not all(path.exists() for path in paths):
+        if pruned:
             raise ValueError(f"{run} lacks some of ep-01.pt to ep-{args['epochs']:02d}.pt: pruned, or never written")
         model, meta = models.load_checkpoint(paths[-1])
         if args["average"] == "val":
@@ -422,8 +423,8 @@ def read_log(run, *keys):
     try:
         log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return {k: [e[k] for e in log] for k in keys if k in log[0]}
-    except (IndexError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is damaged: leave this run out (remove the file), or train it again") from e
+    except (OSError, IndexError, KeyError, TypeError, ValueError) as e:
+        raise ValueError(f"{path} is missing or damaged: leave this run out (remove the file), or train it again") from e
 
 
 def draw_curves(folder, main):

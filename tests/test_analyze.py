@@ -413,10 +413,12 @@ def test_errors_are_one_sentence(runs, folds, tmp_path):
     models.save_checkpoint(other, model, **meta | {"args": meta["args"] | {"fold": 1}})
     assert "differ in classes or clips" in fails("similarity", cnn, other)
     (tmp_path / "empty").mkdir()
-    assert f"there is no {tmp_path / 'empty' / 'best.pt'}" in fails("robustness", tmp_path / "empty")
-    assert f"there is no {tmp_path / 'empty' / 'log.jsonl'}" in fails("curves", tmp_path / "empty")
+    for verb, what in (("robustness", "empty"), ("curves", "empty"), ("curves", "absent")):
+        assert f"{tmp_path / what} is neither a checkpoint nor a run's folder" in fails(verb, tmp_path / what)
     assert "none of these checkpoints has a teacher" in fails("teachers", cnn)
     damaged = tmp_path / "damaged"
     damaged.mkdir()
+    shutil.copy(cnn, damaged)
+    assert f"{damaged / 'log.jsonl'} is missing or damaged" in fails("curves", damaged)
     (damaged / "log.jsonl").write_text('{"epoch": 1\n')
-    assert f"{damaged / 'log.jsonl'} is damaged" in fails("curves", damaged)
+    assert f"{damaged / 'log.jsonl'} is missing or damaged" in fails("curves", damaged)
