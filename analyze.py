@@ -49,7 +49,7 @@ def parse(items):
         label, _, path = item.partition("=") if "=" in item and not os.path.exists(item) else ("", "", item)
         path = models.best_of(path)
         if not path.is_file():
-            raise FileNotFoundError(f"{path} is neither a checkpoint nor a run's folder with best.pt: give one of these")
+            raise FileNotFoundError(f"{path} is neither a checkpoint nor a run's folder (with best.pt)")
         found.append((label, path))
     return found
 

@@ -424,7 +424,7 @@ def read_log(run, *keys):
         log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return {k: [e[k] for e in log] for k in keys if k in log[0]}
     except (OSError, IndexError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is missing or damaged: leave this run out (remove the file), or train it again") from e
+        raise ValueError(f"{path} is missing or damaged: remove it to leave this run out, or train it again") from e
 
 
 def draw_curves(folder, main):
