@@ -270,9 +270,10 @@ def audioset(root):
 
 
 def files_below(folder, endings=AUDIO):
-    """Yield the path of every file with one of these endings, at any depth below a folder and its links; hidden ones not."""
-    for at, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+    """Yield the path of every file with one of these endings, at any depth below a folder and its links; no hidden ones."""
+    real = lambda *path: os.path.join(os.path.realpath(os.path.join(*path)), "")
+    for at, folders, names in os.walk(folder, followlinks=True):  # a link to a folder that holds it has no end
+        folders[:] = [n for n in folders if not n.startswith(".") and not real(at).startswith(real(at, n))]
         yield from (os.path.join(at, n) for n in names if n.lower().endswith(endings) and not n.startswith("."))
 
 

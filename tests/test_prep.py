@@ -315,6 +315,25 @@ def test_folders_without_audio_are_no_classes_and_links_are_followed(tmp_path):
             prep_data.class_folders(root)
 
 
+def test_a_link_to_a_folder_that_holds_it_is_not_followed(tmp_path):
+    for name in ("robin", "wren"):
+        (tmp_path / "birds" / name).mkdir(parents=True)
+        soundfile.write(tmp_path / "birds" / name / "1.wav", partials(16000, 0.1), 16000)
+    for place, target in (
+        ("birds", tmp_path / "birds"),
+        ("wren/up", tmp_path),
+        ("wren/here", tmp_path / "birds" / "wren"),
+    ):
+        (tmp_path / "birds" / place).symlink_to(target)
+    (tmp_path / "link").symlink_to(tmp_path / "birds")
+    for root in (tmp_path / "birds", tmp_path / "link"):
+        classes, clips = prep_data.class_folders(root)
+        assert [name for _, name in classes] == ["robin", "wren"] and [c.id for c in clips] == [
+            "robin/1.wav",
+            "wren/1.wav",
+        ]
+
+
 def test_one_name_in_two_unicode_forms_is_one_class(tmp_path):
     forms = "Be\u0301cassine", "B\u00e9cassine"
     table = write(tmp_path / "t.csv", "path,labels,Fold", f"a.wav,{forms[0]},1", f"b.wav,{forms[1]},2")
