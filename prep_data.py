@@ -290,6 +290,8 @@ def audio_below(root):
             try:
                 with tarfile.open(path, "r:") as tar:
                     while info := tar.next():
+                        if info.issparse():
+                            raise ValueError(f"{path} holds {info.name} without its zeros: pack it without --sparse")
                         if info.offset_data + info.size > size:
                             raise tarfile.ReadError("unexpected end of data")
                         if info.isreg() and info.name.lower().endswith(AUDIO):

@@ -11,6 +11,7 @@ import runpy
 import select
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 
@@ -844,6 +845,18 @@ def test_of_a_tar_that_was_cut_short_the_whole_files_are_used(tmp_path, capsys):
     )
     assert "1.tar is damaged" in said and "2.tar is damaged" in said and "eval: 1 of 5 listed clips found" in said
     assert [r["id"][0] for r in read(tmp_path / "out" / "clips.csv")] == ["a", "b", "e", "h"]
+
+
+@pytest.mark.parametrize("kind", ["gnu", "pax"])
+def test_a_tar_without_its_zeros_is_named(tmp_path, kind):
+    audioset_lists(tmp_path / "in")
+    with open(tmp_path / ("a" * 11 + ".wav"), "wb") as f:  # a hole, and then the sound
+        f.seek(1 << 20)
+        f.write(sounds_of(["a.wav"])["a.wav"])
+    flags = ["-S", f"--format={kind}", "-C", tmp_path, "-cf", tmp_path / "in" / "0.tar"]
+    subprocess.run(["tar", *flags, "a" * 11 + ".wav"], check=True)
+    said = audioset(tmp_path / "in", tmp_path / "out")
+    assert said.startswith("error: ") and "0.tar holds aaaaaaaaaaa.wav without its zeros: pack it" in said
 
 
 # ---------------------------------------------------------------------------------------------------------- the reader
