@@ -238,8 +238,8 @@ def audioset(root):
     """AudioSet's official lists and class_labels_indices.csv in root, the audio anywhere below it, by id: files, or members
     of (WebDataset) tar archives.
 
-    Names of files: ID, YID, ID_30.000, ID_30000_40000, any ending. Splits train-balanced, train-unbalanced (together 'train')
-    and eval. Missing videos are normal: they have no path here and a line in skipped.csv.
+    Names of files: ID, YID, ID_30.000, ID_30000_40000, ID_30.0-40.0, any ending. Splits train-balanced, train-unbalanced
+    (together 'train') and eval. Missing videos are normal: they have no path here and a line in skipped.csv.
     """
     names = root / "class_labels_indices.csv"
     classes = [(r["mid"], r["display_name"]) for r in read_table(names, ["mid", "display_name"])]
@@ -259,7 +259,7 @@ def audioset(root):
                 clips[row[0]] = Clip(row[0], None, split, "", sorted(labels))
     for path, member in audio_below(root):
         stem = os.path.splitext(os.path.basename(path))[0]
-        stems = [stem, re.sub(r"_[\d.]+$", "", stem), re.sub(r"_[\d.]+_[\d.]+$", "", stem)]
+        stems = [stem, re.sub(r"_[\d.]+$", "", stem), re.sub(r"_[\d.]+[_-][\d.]+$", "", stem)]
         clip = next((clips[k] for n in stems for k in (n, n.removeprefix("Y")) if k in clips), None)
         order = lambda p: (p.lower().endswith(UNREADABLE), p)
         if clip and (clip.path is None or order(path) < order(clip.path)):  # of several copies the first in order

@@ -253,7 +253,7 @@ def audioset(root):
         (root / f"{name}_segments.csv").write_text(head + "".join(lines))
     for file in (
         "a/-abcdefghij.wav", "a/b/Y_bcdefghijk.flac", "a/Ycdefghijkl_30.000.wav", "cdefg_12345_30000_40000.wav",
-        "x/defghijklmn_30.wav", "Yefghijklmno.wav", "fghijklmnop.WAV", "zzzzzzzzzzz.wav",
+        "x/defghijklmn_30.wav", "Yefghijklmno.wav", "fghijklmnop_30.0-40.0.WAV", "zzzzzzzzzzz.wav",
     ):  # fmt: skip
         sound(root / "audio" / file)
 
