@@ -151,6 +151,7 @@ def open_audio(path, member=None):
     if str(path).lower().endswith(".raw"):
         raise ValueError("audio without a header: convert it to WAV")
     f = soundfile.SoundFile(path)
+    f.seekable = functools.partial(bool, f.seekable() and f.frames < 2**62)  # a FLAC out of a pipe has no known end
     if not 1000 <= f.samplerate <= 768000:
         raise ValueError(f"a sample rate of {f.samplerate} Hz")
     return f

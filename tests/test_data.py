@@ -16,6 +16,7 @@ import torchaudio
 from conftest import AST, CNN, forked, inside, write_prepared
 
 import dataset
+import evaluate
 import prep_data
 import train_teacher
 
@@ -383,6 +384,12 @@ def test_clips_that_are_shorter_than_they_say_or_very_short(tmp_path):
     assert len(prep_data.fbank(prep_data.load_audio(tmp_path / "short.wav", 10))) == 1
     with pytest.raises(ValueError, match="sample rate of 2147483647 Hz"):
         prep_data.load_audio(tmp_path / "absurd.wav", 10)
+    soundfile.write(tmp_path / "pipe.flac", x, 16000)
+    whole, content = prep_data.load_audio(tmp_path / "pipe.flac", 10), bytearray((tmp_path / "pipe.flac").read_bytes())
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])  # the number of samples, which ffmpeg leaves 0 in a pipe
+    (tmp_path / "pipe.flac").write_bytes(content)
+    assert torch.equal(prep_data.load_audio(tmp_path / "pipe.flac", 10), whole) and len(whole) == 64000
+    assert torch.equal(torch.cat([y for _, y in evaluate.stream_audio(tmp_path / "pipe.flac", 1, 1)]), whole)
     silence = prep_data.fbank(np.zeros(1600))
     assert silence.shape == (8, 128) and (silence == dataset.FLOOR).all()
 
