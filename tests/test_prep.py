@@ -387,7 +387,9 @@ def test_fsd50k_layout(tmp_path):
         (tmp_path / folder).mkdir()
     for part, name in (("dev", 11), ("dev", 12), ("dev", 13), ("eval", 21), ("eval", 22)):
         soundfile.write(tmp_path / f"FSD50K.{part}_audio" / f"{name}.wav", partials(44100, 0.5), 44100)
-    write(truth / "vocabulary.csv", "0,Bark,/m/b", "1,Dog,/m/d", "2,Music,/m/m")
+    write(
+        truth / "vocabulary.csv", "index,name,mid", "0,Bark,/m/b", "1,Dog,/m/d", "2,Music,/m/m"
+    )  # official: no header
     write(
         truth / "dev.csv",
         "fname,labels,mids,split",
