@@ -211,9 +211,9 @@ def read_table(path, columns):
 
 
 def esc(root, ten):
-    """ESC-50's official layout; ESC-10 is the rows whose esc10 column is True."""
+    """ESC-50's official layout; ESC-10 is the rows whose esc10 column is True (Excel: TRUE)."""
     columns, audio = ["filename", "fold", "target", "category", "esc10"], root / "audio"
-    rows = [r for r in read_table(root / "meta" / "esc50.csv", columns) if not ten or r["esc10"] == "True"]
+    rows = [r for r in read_table(root / "meta" / "esc50.csv", columns) if not ten or r["esc10"].lower() == "true"]
     targets = {r["category"]: int(r["target"]) for r in rows}
     index = {name: i for i, name in enumerate(sorted(targets, key=targets.get))}
     clips = [Clip(r["filename"], str(audio / r["filename"]), "", int(r["fold"]), [index[r["category"]]]) for r in rows]

@@ -365,7 +365,11 @@ def test_esc_layout(tmp_path):
     lines = []
     for i, (target, name) in enumerate([(0, "dog"), (14, "birds"), (40, "helicopter"), (1, "rooster")] * 2):
         soundfile.write(tmp_path / "audio" / f"{i}.wav", partials(16000, 0.5 + i / 10), 16000)
-        lines.append(f"{i}.wav,{1 + i // 4},{target},{name},{name in ('dog', 'rooster', 'helicopter')},s,A")
+        lines.append(
+            f"{i}.wav,{1 + i // 4},{target},{name},{name in ('dog', 'rooster', 'helicopter')},s,A".replace(
+                "True", "TRUE" if i % 2 else "True"
+            )
+        )
     write(tmp_path / "meta" / "esc50.csv", "filename,fold,target,category,esc10,src_file,take", *lines)
     inside("prep_data.py", "esc10", "--root", tmp_path, "--out", tmp_path / "out", "--workers", 1)
     rows = read(tmp_path / "out" / "clips.csv")
