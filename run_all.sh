@@ -115,7 +115,8 @@ for fold in $FOLDS; do
       done
       together=$EXP/ensemble-$(basename "$setting")/metrics-$(basename "${members[0]}" .pt)-eval.json
       newest=$(ls -t "${members[@]}" | head -1)
-      [ "$together" -nt "$newest" ] || stage "ensemble $together" python_n "$HERE/evaluate.py" --ckpt "${members[@]}"
+      { [ "$together" -nt "$newest" ] && [ "$(grep -o '[^/"]*/[^/"]*\.pt' "$together")" = "$(printf '%s\n' "${members[@]#"$EXP/"}")" ]; } ||
+        stage "ensemble $together" python_n "$HERE/evaluate.py" --ckpt "${members[@]}" # the seeds may be others, and older
     done
   fi
 done

@@ -19,7 +19,7 @@ while [ $# -gt 0 ]; do
   case $1 in
     --out | --average) out=$2 ;;
     --ckpt)
-      ckpt=${2##*/} out=${2%/*}
+      ckpt=${2##*/} out=${2%/*} members=("${@:2}")
       [ $# -eq 2 ] || out=${out%/*}/ensemble-$(basename "${out%-s*}") ;; # as evaluate.py names it
   esac
   shift
@@ -32,7 +32,7 @@ case $script in
   prep_data.py) echo {} >"$out/stats.json" ;;
   train_teacher.py | distill.py) [ -f "$out/last.pt" ] || for f in best ep-00 ep-01 last; do : >"$out/$f.pt"; done ;;
   evaluate.py)
-    if [ -n "$ckpt" ]; then : >"$out/metrics-${ckpt%.pt}-eval.json"; else
+    if [ -n "$ckpt" ]; then printf '  "%s",\n' "${members[@]}" >"$out/metrics-${ckpt%.pt}-eval.json"; else
       [ -n "${KEPT:-}" ] || rm -f "$out"/ep-*
       [ -n "${NO_AVERAGE:-}" ] || : >"$out/wa.pt"
     fi ;;
@@ -174,6 +174,16 @@ def test_seeds_and_folds(run_all):
     assert [f"my exp/ast-tiny-from-timm-x-fold3-s{s}/wa.pt" for s in range(2)] in ensembles
     done, calls = run_all("esc10", BARE="1")  # without the knob: five folds
     assert [after(c, "--fold") for c in training(calls)[::4]] == list("12345")
+
+
+def test_an_ensemble_of_other_seeds_is_scored_anew(run_all):
+    """Seed 2 was trained, by another job, before the ensemble of seeds 0 and 1 was scored."""
+    together = lambda calls: [[m[-7] for m in c[2:]] for c in calls if len(c) > 3 and c[1] == "--ckpt"]
+    knobs = {"ROOT": "r", "EXP": "./my exp", "BASELINES": "0", "CNN": "timm:x", "AST": "ast-tiny"}
+    assert not together(run_all("fsd50k", SEEDS="2", **knobs)[1])
+    for seeds in ("0 1", "0 1 2", "2 1"):
+        assert together(run_all("fsd50k", SEEDS=seeds, **knobs)[1]) == [seeds.split()] * 4
+        assert not together(run_all("fsd50k", SEEDS=seeds, **knobs)[1])
 
 
 def test_every_knob_reaches_the_commands_that_it_is_for(run_all):
