@@ -119,6 +119,7 @@ def main():
     teachers, metas = load_teachers(args, data, device)
     resolve_tau(args, metas, data)
     args.teacher_args = [zlib.crc32(json.dumps(meta["args"], sort_keys=True).encode()) for meta in metas]  # made anew?
+    args.teacher_epochs = [meta["epoch"] for meta in metas]  # best.pt of a teacher that still trains changes
     names = [meta["model"]["name"] for meta in metas]
     run = train_teacher.begin(args, data, val, device, f"-from-{'+'.join(names)}", teachers=names)
     net, n_steps = models.wrap(run.model, args, device), dataset.steps_in_epoch(data, args)

@@ -428,6 +428,22 @@ def test_a_teacher_that_was_trained_anew_makes_another_run(multi, tmp_path):
         assert says in inside("distill.py", *flags)
 
 
+def test_a_teacher_that_trained_on_makes_another_run(multi, tmp_path):
+    """Its best.pt was of its first epoch, and is of a later one when the student resumes."""
+    data, teacher = dataset.FbankDataset(multi, "train"), tmp_path / "t.pt"
+    flags = ["--data", multi, "--model", AST, *TINY, "--lr", LR, "--out", tmp_path / "kd", "--teacher", teacher]
+    for epoch, says in (
+        (1, "epoch  2/2"),
+        (1, "is trained already"),
+        (3, "other settings (teacher_epochs [1] -> [3])"),
+    ):
+        write_teacher(teacher, CNN, data, epoch=epoch)
+        assert says in inside("distill.py", *flags)
+    settings = dataset.read_json(tmp_path / "kd" / "args.json")
+    dataset.write_json(tmp_path / "kd" / "args.json", {k: v for k, v in settings.items() if k != "teacher_epochs"})
+    assert "is trained already" in inside("distill.py", *flags)  # a run of an older version
+
+
 def test_esc50_from_random_weights_is_taught_at_1(tmp_path, monkeypatch):
     folder = write_prepared(tmp_path / "esc", {"1": 12, "2": 12}, False, source="esc50")
     teacher = write_teacher(tmp_path / "t.pt", AST, dataset.FbankDataset(folder, "train", 1))
