@@ -235,7 +235,8 @@ def check_disk(run):
     """Print what disk the run will take; ValueError if there is not enough."""
     out, free = run.args.out, shutil.disk_usage(run.args.out).free
     # besides the epochs: ep-00, best, wa, and last, which holds Adam's state too and is written beside itself
-    need = (run.args.epochs - len(run.history) + 9) * sum(v.nbytes for v in run.model.state_dict().values())
+    need = (run.args.epochs + 9) * sum(v.nbytes for v in run.model.state_dict().values())
+    need -= sum(p.stat().st_size for p in out.glob("*.pt"))  # of a run that resumes
     print(f"checkpoints will take up to {need / 2**30:.2f} GiB in {out} ({free / 2**30:.0f} GiB free)")
     if need > free:
         raise ValueError(f"{out} has {free / 2**30:.2f} GiB free, the checkpoints need {need / 2**30:.2f}: give --out")

@@ -194,6 +194,21 @@ def test_a_disk_too_small_for_the_checkpoints_is_found_first(script, undisturbed
     assert not list((tmp_path / "run").glob("*.pt"))
 
 
+def test_a_disk_that_had_room_for_a_run_has_room_for_its_rest(multi, tmp_path):
+    run, size = tmp_path / "run", sum(v.nbytes for v in models.build_model(CNN, 3).state_dict().values())
+
+    def before():
+        """A disk for three epochs, ep-00, best, wa and twice last; a signal in step 3 of epoch 3."""
+        record, steps = train_teacher.record, []
+        used = lambda: sum(p.stat().st_size for p in run.glob("*.pt"))
+        shutil.disk_usage = lambda _: types.SimpleNamespace(free=12 * size - used())
+        train_teacher.record = lambda *a: (steps.append(0), setattr(a[0], "stop", len(steps) == 19), record(*a))
+
+    for code in (143, 0):
+        found, output = forked("train_teacher.py", "--data", multi, "--model", CNN, *TINY, "--out", run, before=before)
+        assert found == code, output
+
+
 def test_two_processes_on_one_folder(multi, tmp_path):
     for script, folder in (("train_teacher.py", tmp_path / "run"), ("prep_data.py", tmp_path / "prepared")):
         folder.mkdir()
