@@ -27,7 +27,7 @@ set -euo pipefail
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; exit "$1"; }
 [ $# -eq 1 ] || usage 2
 HERE=$(cd "$(dirname "$0")" && pwd)
-PYTHON=${PYTHON:-$(command -v python || command -v python3)}
+PYTHON=${PYTHON:-$(command -v python || command -v python3 || echo python)}
 case $1 in
   -h | --help) usage 0 ;;
   demo | esc10 | esc50 | fsd50k | audioset) NAME=$1 DATA=data/$1 ;;

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import time
@@ -280,6 +281,15 @@ def test_usage(run_all, args):
     done, calls = run_all(*args)
     assert done.returncode == (0 if args == ["--help"] else 2) and not calls
     assert "bash run_all.sh demo" in done.stdout or args[0] in done.stderr
+
+
+def test_no_python_is_said(tmp_path):
+    for name in ("bash", "dirname", "awk"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    env = {k: v for k, v in os.environ.items() if k not in KNOBS} | {"PATH": str(tmp_path)}
+    line = [tmp_path / "bash", ROOT / "run_all.sh", "demo"]
+    done = subprocess.run(line, check=False, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 127 and "python: command not found" in done.stderr and "stage 'prepare" in done.stderr
 
 
 @pytest.mark.parametrize("stage", ["prepare", "train"])
