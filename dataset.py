@@ -74,7 +74,7 @@ def read_json(path, *keys):
         content = dict(json.loads(path.read_text(encoding="utf-8")))
         return {k: content[k] for k in keys} | content
     except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is damaged: restore it, or remove {path.parent} and make it again") from e
+        raise ValueError(f"{path} is damaged: restore it, or remove it and make it again") from e
 
 
 def write_csv(path, header, rows):

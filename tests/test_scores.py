@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -527,6 +528,13 @@ def test_summary_over_seeds_of_whole_cross_validations(tmp_path, capsys):
 
 def test_summary_of_nothing(tmp_path):
     assert inside("evaluate.py", "--summary", tmp_path).startswith(f"error: {tmp_path} holds no metrics-*-eval.json")
+
+
+def test_of_damaged_scores_or_settings_only_that_file_is_to_be_removed(tmp_path):
+    scores = tmp_path / "a-s0" / "metrics-best-eval.json"
+    dataset.write_json(scores, {})
+    with pytest.raises(ValueError, match=f"{re.escape(str(scores))} is damaged: restore it, or remove it and"):
+        evaluate.summary(tmp_path)
 
 
 def test_val_is_the_score_of_the_best_epoch(multi, tmp_path, capsys):
