@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 
@@ -124,6 +125,15 @@ def test_its_commands_run_and_everything_trained_is_scored(title, paper):
         assert (out / "metrics-wa-eval.json").exists() != (title == "Table 13")  # ESC-50 has no averaging
         settings = dataset.read_json(out / "args.json")
         assert bool(list(out.glob("ep-*"))) == settings["keep_epochs"]  # others would take 0.8 TB in all
+
+
+def test_a_run_that_was_killed_while_it_pruned_its_epochs_is_pruned(paper):
+    work, _ = paper("")
+    out = work / "exp/fsd50k/hybrid-b0-s0"
+    shutil.copy(out / "best.pt", out / "ep-01.pt")  # ep-00 goes first, and scores are written last
+    (out / "metrics-best-eval.json").unlink()
+    run_block("", work)
+    assert not list(out.glob("ep-*")) and (out / "metrics-best-eval.json").exists()
 
 
 def test_every_figure_is_drawn(paper):
