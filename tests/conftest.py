@@ -23,7 +23,10 @@ sys.path.insert(0, str(ROOT))
 import timm
 
 import dataset
+import evaluate
 import models
+
+os.fsync = lambda _: None  # nobody pulls the plug on a test: a third of the time of a toy run
 
 
 def pytest_configure(config):
@@ -145,8 +148,17 @@ def in_ranks(script, *args, n=2, before=lambda rank: None, kill=True):
 
 # ---------------------------------------------------------------------------------------------- tiny models and clips
 
-CNN = "timm:test_efficientnet"  # 0.1 M parameters, with stochastic depth
+CNN = "timm:toy_efficientnet"  # 9,000 parameters, with stochastic depth; a process that pytest did not fork knows timm's only:
+TIMM_CNN = "timm:test_efficientnet"
 AST = "ast-toy"  # two blocks of width 64, where the `toy` fixture is used; ast-tiny is the smallest real one
+HYBRID = "hybrid-toy"  # that CNN under PSLA's attention heads, there too
+
+
+@timm.models.register_model
+def toy_efficientnet(in_chans=3, num_classes=1000, global_pool="avg", drop_path_rate=0.0, **_):
+    blocks = timm.models._efficientnet_builder.decode_arch_def([["cn_r1_k3_s2_e1_c8"], ["er_r2_k3_s2_e2_c16"]])
+    head = {"num_features": 64, "num_classes": num_classes, "global_pool": global_pool}
+    return timm.models.EfficientNet(blocks, stem_size=8, in_chans=in_chans, drop_path_rate=drop_path_rate, **head)
 
 
 @timm.models.register_model
@@ -157,9 +169,28 @@ def deit_toy_distilled(num_classes=1000, **_):
 
 @pytest.fixture(scope="module")
 def toy():
-    """AST names a model in this process and in forked ones."""
+    """AST and HYBRID name models in this process and in forked ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(models.MODELS, AST, ("ast", "deit_toy_distilled"))
+        patch.setitem(models.MODELS, HYBRID, ("hybrid", CNN.removeprefix("timm:")))
+        yield
+
+
+SAVE_FIGURE = evaluate.save_figure
+
+
+@pytest.fixture(scope="module")
+def undrawn():
+    """Figures are made but not rendered, which takes most of the time of scoring; but they are within `drawn()`."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "save_figure", lambda fig, *paths, dpi=0: None)
+        yield
+
+
+@contextlib.contextmanager
+def drawn():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "save_figure", SAVE_FIGURE)
         yield
 
 

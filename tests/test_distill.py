@@ -299,7 +299,7 @@ def test_pretrained_weights_are_where_distillation_starts(teachers, multi, tmp_p
     monkeypatch.chdir(tmp_path)
     flags = ["--data", multi, "--model", AST, "--epochs", 1, "--batch-size", 48, "--teacher", teachers["cnn"]]
     inside("distill.py", *flags, "--pretrained", "start.pth")
-    run = tmp_path / "exp" / "multi" / "ast-toy-from-timm-test_efficientnet-s0"
+    run = tmp_path / "exp" / "multi" / "ast-toy-from-timm-toy_efficientnet-s0"
     assert same(weights(run / "ep-00.pt"), model.state_dict())
     # the same paths by other names, the teacher's too
     flags[-1] = teachers["cnn"].parent / ".." / teachers["cnn"].parent.name / teachers["cnn"].name

@@ -15,7 +15,8 @@ import types
 import numpy as np
 import pytest
 import torch
-from conftest import CNN, ended, forked, inside, write_clips
+from conftest import TIMM_CNN as CNN  # flipped bits of a file of some size
+from conftest import ended, forked, inside, write_clips
 
 import dataset
 import distill  # noqa: F401  (imported once, not in every child)
@@ -24,6 +25,7 @@ import models
 import prep_data
 import train_teacher
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 TINY = ["--pretrained", "no", "--epochs", 3, "--batch-size", 6, "--keep-epochs"]
 
 

@@ -5,7 +5,7 @@ import types
 
 import pytest
 import torch
-from conftest import AST, CNN
+from conftest import AST, CNN, HYBRID
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
@@ -16,13 +16,8 @@ import models
 import train_teacher
 
 GPU = torch.device("cuda", 0)
-HYBRID = "hybrid-toy"  # as CNN, small enough to be compiled in a test
 NAMES = [AST, CNN, HYBRID]
-
-
-@pytest.fixture(autouse=True)
-def small(toy, monkeypatch):
-    monkeypatch.setitem(models.MODELS, HYBRID, ("hybrid", CNN.removeprefix("timm:")))
+pytestmark = pytest.mark.usefixtures("toy")
 
 
 def settings(data, name, *flags):

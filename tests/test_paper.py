@@ -90,11 +90,10 @@ def paper(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(work)
         patch.delenv("SEEDS", raising=False)
-        patch.setattr(os, "fsync", lambda _: None)
         for drawing in ("draw_classes", "draw_confusion"):  # half of the time
             patch.setattr(evaluate, drawing, lambda *_: None)
-        patch.setitem(models.MODELS, "efficientnet-b0", ("cnn", "test_efficientnet"))
-        patch.setitem(models.MODELS, "hybrid-b0", ("hybrid", "test_efficientnet"))
+        patch.setitem(models.MODELS, "efficientnet-b0", ("cnn", "toy_efficientnet"))
+        patch.setitem(models.MODELS, "hybrid-b0", ("hybrid", "toy_efficientnet"))
         patch.setitem(models.MODELS, "ast-tiny", ("ast", "deit_toy_distilled"))
         patch.setattr(analyze, "SEEDS", 1)
         patch.setattr(analyze, "LEVELS", {k: (v[:1], unit) for k, (v, unit) in analyze.LEVELS.items()})

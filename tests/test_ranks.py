@@ -20,7 +20,7 @@ import evaluate
 import models
 import train_teacher
 
-pytestmark = pytest.mark.usefixtures("toy")
+pytestmark = pytest.mark.usefixtures("toy", "undrawn")
 TINY = ["--pretrained", "no", "--epochs", 2, "--batch-size", 12]
 
 
