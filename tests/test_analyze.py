@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import AST, CNN, in_ranks, inside, write_prepared
+from conftest import AST, CNN, drawn, in_ranks, inside, write_prepared
 from torch import nn
 
 import analyze
@@ -14,6 +14,7 @@ import dataset
 import evaluate
 import models
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 CPU = torch.device("cpu")
 META = {"mean": -6.0, "std": 3.0, "args": {}}
 
@@ -34,9 +35,16 @@ def runs(multi, toy, tmp_path_factory):
 
 
 def content(folder, name):
-    for kind in ("png", "pdf"):
-        assert (folder / f"{name}.{kind}").stat().st_size > 5000
     return json.loads((folder / f"{name}.json").read_text())
+
+
+def figured(*line, out):
+    """What a command line prints, and the content of its file beside its two figures."""
+    with drawn():
+        output = inside("analyze.py", *line, "--out", out)
+    for kind in ("png", "pdf"):
+        assert (out / f"{line[0]}.{kind}").stat().st_size > 5000
+    return output, content(out, line[0])
 
 
 # ------------------------------------------------------------------------------------------------------ robustness
@@ -139,10 +147,10 @@ def test_a_full_mask_leaves_a_model_nothing_and_the_drop_is_the_hand_computed_on
         assert found["drop"][kind] == pytest.approx(np.full((3, 1), 100 * (clean - blind) / clean))
 
 
-def test_robustness_command_line_pools_a_label(runs, tmp_path):
+def test_robustness_command_line_pools_a_label(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "SEEDS", 2)
     paths = [runs / "cnn-s0" / "best.pt", runs / "cnn-s1" / "best.pt", runs / "ast-s0" / "best.pt"]
-    output = inside("analyze.py", "robustness", *paths, "--disturb", "time shift", "noise", "--out", tmp_path)
-    found = content(tmp_path, "robustness")
+    output, found = figured("robustness", *paths, "--disturb", "time shift", "noise", out=tmp_path)
     assert list(found) == [*map(str, paths), "cnn"]
     first, second, ast, both = found.values()
     assert ast["label"] == "ast" and ast["score"] == "mAP" and 0 < ast["clean"] <= 1
@@ -157,7 +165,8 @@ def test_robustness_command_line_pools_a_label(runs, tmp_path):
     assert len(lines) == 2 and f"{pool['mean']:.1f} ± {pool['deviation']:.1f}" in lines[1]
 
 
-def test_robustness_is_the_same_in_two_processes(runs, tmp_path):
+def test_robustness_is_the_same_in_two_processes(runs, tmp_path, monkeypatch):
+    monkeypatch.setattr(analyze, "SEEDS", 1)
     line = ("robustness", runs / "cnn-s0", "--disturb", "noise", "--device", "cpu", "--out")
     inside("analyze.py", *line, tmp_path / "one")
     for code, output in in_ranks("analyze.py", *line, tmp_path / "two"):
@@ -205,7 +214,7 @@ def test_svcca_of_a_linear_image_is_one_and_of_noise_is_the_floor():
 def test_features_and_predictions_come_from_one_pass(multi, toy, kind):
     torch.manual_seed(0)
     if kind == "hybrid":
-        model = models.Hybrid("test_efficientnet", 3, kd_head=True)
+        model = models.Hybrid("toy_efficientnet", 3, kd_head=True)
     else:
         model = models.build_model(CNN if kind == "cnn" else AST, 3, 30, kd_head=kind == "ast-two-heads")
     data, calls = dataset.FbankDataset(multi, "eval"), []
@@ -220,8 +229,7 @@ def test_features_and_predictions_come_from_one_pass(multi, toy, kind):
 
 def test_similarity_command_line(runs, tmp_path):
     paths = [runs / name / "last.pt" for name in ("ast-s0", "cnn-s0", "cnn-from-ast2-s0")]
-    output = inside("analyze.py", "similarity", *paths, "--out", tmp_path)
-    found = content(tmp_path, "similarity")
+    output, found = figured("similarity", *paths, out=tmp_path)
     assert found["checkpoints"] == [str(p) for p in paths]
     for key in ("correlation", "svcca"):
         m = np.array(found[key])
@@ -288,8 +296,7 @@ def test_a_batch_that_was_filled_up_counts_its_own_clips_only(multi, toy, monkey
 
 def test_attention_command_line(runs, tmp_path):
     path = runs / "ast-s0" / "best.pt"
-    output = inside("analyze.py", "attention", f"no KD={path}", f"again={runs / 'ast-s0'}", "--out", tmp_path)
-    found = content(tmp_path, "attention")
+    output, found = figured("attention", f"no KD={path}", f"again={runs / 'ast-s0'}", out=tmp_path)
     assert list(found) == [str(path)]  # the same checkpoint twice
     entry = found[str(path)]
     assert entry["time_ms"] == pytest.approx([100 * v for v in entry["time_patches"]])
@@ -302,9 +309,8 @@ def test_attention_command_line(runs, tmp_path):
 
 def test_curves_score_each_epoch_once_and_fall_back_to_the_log(runs, multi, tmp_path, monkeypatch):
     folders = [runs / "cnn-s0", runs / "cnn-s1" / "best.pt", runs / "ast-s0"]
-    output = inside("analyze.py", "curves", *folders, "--out", tmp_path)
+    output, found = figured("curves", *folders, out=tmp_path)
     assert "14 clips of eval and 14 of train" in output
-    found = content(tmp_path, "curves")
     assert [entry["label"] for entry in found.values()] == ["cnn", "cnn", "ast"]
     entry = found[str(runs / "cnn-s1")]
     log = [json.loads(line) for line in (runs / "cnn-s1" / "log.jsonl").read_text().splitlines()]
@@ -325,13 +331,12 @@ def test_curves_score_each_epoch_once_and_fall_back_to_the_log(runs, multi, tmp_
     hidden = (runs / "cnn-s0" / "ep-01.pt").rename(runs / "hidden.pt")
     try:
         assert "lacks" not in inside("analyze.py", "curves", *folders, "--out", tmp_path)
-        output = inside("analyze.py", "curves", *folders, "--out", tmp_path / "new")
+        output, _ = figured("curves", *folders, out=tmp_path / "new")
     finally:
         hidden.rename(runs / "cnn-s0" / "ep-01.pt")
     assert f"{runs / 'cnn-s0'} lacks ep-NN.pt" in output and "validation score" in output
     best = np.mean([found[str(runs / f"cnn-s{s}")]["val"] for s in (0, 1)], 0).max()
     assert f"{100 * best:.4g}" in next(line for line in output.splitlines() if line.startswith("cnn "))
-    content(tmp_path / "new", "curves")
 
 
 def test_curves_star_the_epoch_that_is_best_on_validation(runs, tmp_path):
@@ -348,8 +353,7 @@ def test_curves_star_the_epoch_that_is_best_on_validation(runs, tmp_path):
 
 def test_teachers_by_epoch(runs, tmp_path):
     students = [runs / "cnn-s0", runs / "cnn-from-ast1-s0", runs / "cnn-from-ast2-s0"]
-    output = inside("analyze.py", "teachers", *students, "--out", tmp_path)
-    found = content(tmp_path, "teachers")
+    output, found = figured("teachers", *students, out=tmp_path)
     assert found["score"] == "mAP" and [p["teacher_epoch"] for p in found["points"]] == [1, 2]
     assert not list(runs.glob("*/metrics-*")), "the scores of runs are evaluate.py's"
     for epoch, point in enumerate(found["points"], 1):
