@@ -12,7 +12,7 @@ import pytest
 import soundfile
 import torch
 import torchaudio
-from conftest import inside
+from conftest import AST, HYBRID, drawn, inside
 from torchaudio.compliance import kaldi
 
 import dataset
@@ -22,6 +22,7 @@ import models
 CNN = "timm:mobilenetv3_small_050"
 CLASSES = ["Bark, dog", 'a "quoted" $x_1$', "two\nlines $"]
 MEAN, STD = -6.0, 4.0
+pytestmark = pytest.mark.usefixtures("toy", "undrawn")
 torch.set_num_threads(1)
 
 
@@ -95,7 +96,7 @@ def test_windows_of_a_stereo_file_at_another_rate(tmp_path):
 def test_a_short_clip_has_its_own_length_in_a_cnn_and_is_padded_in_an_ast(tmp_path):
     x = sound(0.53)[:, 0]
     soundfile.write(tmp_path / "x.wav", x, 16000, subtype="FLOAT")
-    for name, n_frames in ((CNN, 53), ("hybrid-b0", 53), ("ast-tiny", 100)):
+    for name, n_frames in ((CNN, 53), (HYBRID, 53), (AST, 100)):
         model = checkpoint(tmp_path / "a.pt", name, task="single-label")
         flags = ["--audio", tmp_path / "x.wav", "--json", tmp_path / "out.json", "--top", 9]
         said = inside("evaluate.py", "--ckpt", tmp_path / "a.pt", *flags)
@@ -104,7 +105,7 @@ def test_a_short_clip_has_its_own_length_in_a_cnn_and_is_padded_in_an_ast(tmp_pa
         want = expected(model, x, n_frames, "single-label")
         np.testing.assert_allclose(by_class(one["tags"]), want, atol=1e-3)
         assert 0.01 < np.ptp(want) < 0.999
-        assert said.count("padded with 0.0 log-mel") == (name == "ast-tiny")
+        assert said.count("padded with 0.0 log-mel") == (name == AST)
     assert "longer than the 1 s" in inside("evaluate.py", "--ckpt", tmp_path / "a.pt", *flags, "--window", 2)
 
 
@@ -117,7 +118,7 @@ def test_a_prepared_clip_and_its_file_agree(tmp_path):
     flags = ["--out", tmp_path / "p", "--clip-seconds", 1, "--workers", 1]
     assert "error" not in inside("prep_data.py", "csv", "--root", tmp_path / "t.csv", *flags)
     data = dataset.FbankDataset(tmp_path / "p", "eval")
-    for name, agree in (("ast-tiny", [0, 1, 2]), (CNN, [1, 2])):  # a CNN sees no silence after the short clip
+    for name, agree in ((AST, [0, 1, 2]), (CNN, [1, 2])):  # a CNN sees no silence after the short clip
         model = checkpoint(tmp_path / "a.pt", name, data.n_frames, data.task, classes=data.classes)
         p, _ = evaluate.predict(model, data, torch.device("cpu"), MEAN, STD)
         files = [tmp_path / f"{i}.wav" for i in (2, 3, 4)]
@@ -155,6 +156,7 @@ def test_a_bad_file_is_named_and_the_others_are_tagged(tmp_path, capfd):
     assert "empty: this folder holds no audio" in inside("evaluate.py", *flags, "--audio", tmp_path / "empty")
 
 
+@drawn()
 def test_frames_average_to_the_clip_and_follow_each_other(tmp_path):
     model = checkpoint(tmp_path / "a.pt", CNN)
     soundfile.write(tmp_path / "1.wav", sound(1.6), 16000, subtype="FLOAT")
@@ -182,14 +184,14 @@ def test_frames_average_to_the_clip_and_follow_each_other(tmp_path):
     assert third[0]["start"] == "0.00" and third[-1]["end"] == "2.50"
     assert all(a["end"] == b["start"] for a, b in itertools.pairwise(third))
     assert (tmp_path / "p-1.png").stat().st_size > 9999 and (tmp_path / "p-2.png").exists()
-    checkpoint(tmp_path / "a.pt", "hybrid-b0")
+    checkpoint(tmp_path / "a.pt", HYBRID)
     assert "--frames works with one CNN" in inside(
         "evaluate.py", "--ckpt", tmp_path / "a.pt", "--audio", *files, *flags
     )
 
 
 def test_features_of_files_and_an_ensemble(tmp_path):
-    one = checkpoint(tmp_path / "a.pt", "ast-tiny", 60)
+    one = checkpoint(tmp_path / "a.pt", AST, 60)
     two = checkpoint(tmp_path / "b.pt", CNN, 60, seed=1)
     for i in range(2):
         soundfile.write(tmp_path / f"{i}.wav", sound(0.9, seed=i), 16000, subtype="FLOAT")
@@ -202,17 +204,8 @@ def test_features_of_files_and_an_ensemble(tmp_path):
         x = torch.stack([torch.nn.functional.pad(log_mel(cut(i, at)), (0, 0, 0, 2)) for at in (0, 4800)])
         with torch.no_grad():
             np.testing.assert_allclose(z, one.features((x - MEAN) / (2 * STD)).mean(0), atol=5e-3)
-    inside(
-        "evaluate.py",
-        "--ckpt",
-        tmp_path / "a.pt",
-        tmp_path / "b.pt",
-        "--audio",
-        *files,
-        *flags,
-        "--json",
-        tmp_path / "o",
-    )
+    both = ["--ckpt", tmp_path / "a.pt", tmp_path / "b.pt"]
+    inside("evaluate.py", *both, "--audio", *files, *flags, "--json", tmp_path / "o")
     want = [np.mean([expected(m, cut(1, at), 60) for m in (one, two)], 0) for at in (0, 4800)]
     found = json.loads((tmp_path / "o").read_text())[0]
     np.testing.assert_allclose([by_class(w["tags"]) for w in found["windows"]], want, atol=1e-3)
@@ -260,6 +253,7 @@ def test_a_long_file_needs_the_memory_of_a_window(tmp_path):
 # -------------------------------------------------------------------------------------------------------------- scores
 
 
+@drawn()
 def test_scoring_prints_a_table_and_draws_it(folds, tmp_path):
     data = dataset.FbankDataset(folds, "eval", 1)
     meta = {"data": str(folds), "mean": data.mean, "std": data.std, "args": {"seed": 0, "fold": 1}}
@@ -269,8 +263,8 @@ def test_scoring_prints_a_table_and_draws_it(folds, tmp_path):
     head, row = said.splitlines()[:2]
     assert head.split() == ["mAP", "mAUC", "accuracy", "d'"]
     assert row.split() == [f"{100 * found[k]:.2f}" for k in ("mAP", "mAUC", "accuracy")] + [f"{found['d_prime']:.3f}"]
-    for drawn in ("per_class-a-eval.png", "confusion-a-eval.png"):
-        assert (tmp_path / drawn).read_bytes().startswith(b"\x89PNG")
+    for figure in ("per_class-a-eval.png", "confusion-a-eval.png"):
+        assert (tmp_path / figure).read_bytes().startswith(b"\x89PNG")
 
 
 def test_best_and_worst_classes(capsys):
@@ -282,14 +276,15 @@ def test_best_and_worst_classes(capsys):
     assert lines[0] == ["best", "90.00", "c11", "(10", "clips)"] and lines[5][0] == "worst" and lines[9][0] == "10.00"
 
 
+@drawn()
 def test_figures_of_many_classes_with_names_of_all_kinds(tmp_path):
-    names = (CLASSES + ["Häuser & straße", r"\frac{", "a very long name of a class " * 4]) * 40
-    ap = np.random.default_rng(0).random(240)
+    names = (CLASSES + ["Häuser & straße", r"\frac{", "a very long name of a class " * 4]) * 20
+    ap = np.random.default_rng(0).random(120)
     ap[7] = np.nan
     evaluate.draw_classes(tmp_path / "ap.png", names, ap, np.where(np.isnan(ap), 0, 5))
     y = np.random.default_rng(0).integers(0, 60, (2, 400))
     evaluate.draw_confusion(tmp_path / "c.png", names[:60], *y)
     import matplotlib.image
 
-    for drawn, classes in (("ap.png", 80), ("c.png", 60)):
-        assert matplotlib.image.imread(tmp_path / drawn).shape[0] > 15 * classes  # pixels a line
+    for figure, classes in (("ap.png", 60), ("c.png", 60)):
+        assert matplotlib.image.imread(tmp_path / figure).shape[0] > 15 * classes  # pixels a line
