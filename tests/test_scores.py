@@ -15,7 +15,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import AST, CNN, ROOT, forked, in_ranks, inside, write_prepared
+from conftest import AST, CNN, ROOT, TIMM_CNN, drawn, forked, in_ranks, inside, write_prepared
 from scipy.stats import norm
 from sklearn.metrics import accuracy_score, average_precision_score, roc_auc_score
 
@@ -23,6 +23,7 @@ import dataset
 import evaluate
 import models
 
+pytestmark = pytest.mark.usefixtures("undrawn")
 CPU = torch.device("cpu")
 BASE = {"state", "format", "model"}
 
@@ -255,7 +256,7 @@ NAMES = ["Dog, barking", 'the "cat"', "two\nlines", "Träne – 犬", "plain"]
 
 def test_class_names_of_every_kind_under_a_locale_that_is_not_utf8(tmp_path):
     root = write_prepared(tmp_path / "data", {"train": 9, "eval": 9}, True, classes=NAMES, labels=lambda rng: [3, 1])
-    path = checkpoint(tmp_path / "exp" / "run-s0" / "best.pt", root)
+    path = checkpoint(tmp_path / "exp" / "run-s0" / "best.pt", root, name=TIMM_CNN)
     code = "import sys; sys.path.insert(0, sys.argv[1]); import models, evaluate; ckpt, exp = sys.argv[2:]\n"
     code += "for a in (['--ckpt', ckpt], ['--summary', exp]): sys.argv = ['', *a]; models.command_line(evaluate.main)"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
@@ -330,7 +331,7 @@ def test_average_weights_is_the_mean_with_counters_of_the_last(multi, tmp_path):
 
 def test_the_average_is_the_best_suffix_on_validation(multi, tmp_path):
     """Against a search over all suffixes by hand; the best one on eval is another."""
-    folder = trained(tmp_path / "run", multi, seed=8)
+    folder = trained(tmp_path / "run", multi, seed=6)
     found = {}
     for split in ("val", "eval"):
         for start in (1, 2, 3, 4):
@@ -378,7 +379,7 @@ def test_a_recipe_without_averaging_prunes_only(folds, tmp_path):
 
 
 def test_an_average_that_was_killed_while_it_pruned_is_finished(multi, tmp_path):
-    folder = trained(tmp_path / "run", multi, seed=8)
+    folder = trained(tmp_path / "run", multi, seed=6)
     inside("evaluate.py", "--average", folder, "--keep-epochs")
     whole = (folder / "wa.pt").read_bytes()
     for name in ("ep-00.pt", "ep-01.pt"):
@@ -389,7 +390,7 @@ def test_an_average_that_was_killed_while_it_pruned_is_finished(multi, tmp_path)
 
 def test_the_average_is_chosen_on_data_that_moved(multi, tmp_path):
     shutil.copytree(multi, tmp_path / "data")
-    folder = trained(tmp_path / "run", tmp_path / "data", seed=8)
+    folder = trained(tmp_path / "run", tmp_path / "data", seed=6)
     (tmp_path / "data").rename(tmp_path / "moved")
     assert "is not a prepared folder" in inside("evaluate.py", "--average", folder)
     assert "are best on val" in inside("evaluate.py", "--average", folder, "--data", tmp_path / "moved")
@@ -491,20 +492,21 @@ def test_summary_of_ensembles(tmp_path, capsys):
         assert list(rows) == ["cnn+ast"] and rows["cnn+ast"]["ensemble accuracy"] == shown
 
 
+@drawn()
 def test_the_curves_of_a_hundred_runs_have_room(tmp_path, capsys):
     """One of them is taught, whatever its name: its line is solid, as its log has the teacher's loss."""
     for i in range(100):
         result(tmp_path, f"efficientnet-b2--tau-{i}", "best", 0.5)
         entry = {"epoch": 1, "loss": 1.0, "val_score": 0.5} | ({"loss_d": 1.0} if i == 7 else {})
         (tmp_path / f"efficientnet-b2--tau-{i}" / "log.jsonl").write_text(json.dumps(entry) + "\n")
-    drawn = []
+    figures = []
     with pytest.MonkeyPatch.context() as patch:
         save = evaluate.save_figure
-        patch.setattr(evaluate, "save_figure", lambda fig, *paths: (save(fig, *paths), drawn.append(fig)))
+        patch.setattr(evaluate, "save_figure", lambda fig, *paths: (save(fig, *paths), figures.append(fig)))
         table(tmp_path, capsys)
-    [ax] = drawn[0].axes
+    [ax] = figures[0].axes
     assert [line.get_linestyle() for line in ax.lines].count("-") == 1
-    assert ax.get_position().height * drawn[0].get_figheight() > 2.5  # inches
+    assert ax.get_position().height * figures[0].get_figheight() > 2.5  # inches
 
 
 def test_summary_over_seeds_of_whole_cross_validations(tmp_path, capsys):
@@ -537,6 +539,7 @@ def test_of_damaged_scores_or_settings_only_that_file_is_to_be_removed(tmp_path)
         evaluate.summary(tmp_path)
 
 
+@drawn()
 def test_val_is_the_score_of_the_best_epoch(multi, tmp_path, capsys):
     flags = ["--model", CNN, "--pretrained", "no", "--epochs", 3, "--batch-size", 24, "--lr", 3e-3]
     run = tmp_path / "exp" / "cnn-s0"
@@ -551,13 +554,13 @@ def test_val_is_the_score_of_the_best_epoch(multi, tmp_path, capsys):
 
 
 def test_bench_prints_a_table_and_writes_it(tmp_path):
-    line = [sys.executable, ROOT / "tests" / "bench.py", "--quick", "input", "scores"]
-    done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    here = {"before": lambda: os.chdir(tmp_path)}
+    code, output = forked("bench.py", "--quick", "input", "scores", **here)
+    assert code == 0, output
     found = json.loads((tmp_path / "bench.json").read_text())
     assert found["quick"] and len(found["rows"]) == 4
-    assert all(r["ours"] > 0 and r["what"] in done.stdout for r in found["rows"])
+    assert all(r["ours"] > 0 and r["what"] in output for r in found["rows"])
     peers = [r for r in found["rows"] if r["beside"]]
     assert len(peers) == 2 and all(r["ratio"] == pytest.approx(r["theirs"] / r["ours"]) for r in peers)
-    done = subprocess.run([*line, "nothing"], check=False, capture_output=True, text=True, timeout=300, cwd=tmp_path)
-    assert done.returncode == 2 and "unknown part nothing" in done.stderr
+    code, output = forked("bench.py", "--quick", "nothing", **here)
+    assert code == 2 and "unknown part nothing" in output
