@@ -915,6 +915,11 @@ def test_dataset_refuses_what_is_not_there(small, small_shards, tmp_path):
     with pytest.raises(FileNotFoundError, match="not a prepared folder"):
         dataset.FbankDataset(tmp_path, "train")
     shutil.copytree(out, tmp_path / "holes")
+    shard = tmp_path / "holes" / "fbank-00001.npy"
+    shard.write_bytes((whole := shard.read_bytes())[:-100])
+    with pytest.raises(ValueError, match=r"fbank-00001\.npy is damaged"):
+        dataset.FbankDataset(tmp_path / "holes", "train", fold=1)
+    shard.write_bytes(whole)
     (tmp_path / "holes" / "fbank-00002.npy").unlink()
     with pytest.raises(ValueError, match="fbank-00002.npy is damaged or missing: remove"):
         dataset.FbankDataset(tmp_path / "holes", "train", fold=1)
