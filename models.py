@@ -434,9 +434,9 @@ def torch_load(path):
                 if z.testzip() is not None:
                     raise ValueError("a checksum is wrong")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
-    except OSError:
-        raise
     except Exception as e:  # the unpickler raises almost anything on bytes that are not its own
+        if isinstance(e, OSError) and e.filename:  # it may not be read
+            raise
         raise ValueError(f"{path} is not a readable weight file (damaged, or of another format)") from e
 
 

@@ -703,3 +703,12 @@ def test_imagenet_weights_come_from_the_hub(hub, tmp_path, capsys):
     assert f"ImageNet weights {tag}" in capsys.readouterr().out
     x = spectrograms(2, 64)
     close(ours(x), theirs(x.transpose(1, 2)[:, None].expand(-1, 3, -1, -1)), atol=1e-4)
+
+
+@pytest.mark.parametrize("left", [0, 10, 5000, 30000, -1])
+def test_a_file_that_was_cut_short_is_named(tmp_path, left):
+    path = tmp_path / "cut.pt"
+    torch.save({"a": torch.zeros(100000)}, path)
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(ValueError, match="cut.pt is not a readable weight file"):
+        models.torch_load(path)
