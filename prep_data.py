@@ -620,7 +620,7 @@ def make_shards(shards, notes, n_frames, seconds, workers):
         except concurrent.futures.process.BrokenProcessPool as e:
             raise ValueError("a worker process was killed: run the same command again, with fewer --workers") from e
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+            pool.shutdown(cancel_futures=True)  # until its workers are gone, which hold the lock
 
 
 def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
