@@ -25,12 +25,29 @@ def test_the_logs_are_of_whole_runs_with_the_settings_that_the_script_has():
         metrics = json.loads((path.parent / "metrics-last-eval.json").read_text())
         assert (metrics["clips"], metrics["fold"], metrics["epoch"]) == (400, int(fold), args["epochs"])
         assert [t.split("/")[-2] for t in args.get("teacher", [])] == ([f"{teacher}-fold{fold}-s0"] if teacher else [])
-        for flag, *values in (part.split() for part in flags.split("--")[1:]):
-            have = args[flag.replace("-", "_")]
-            if flag != "pretrained":
-                assert [plain(v) for v in values or ["1"]] == [
-                    plain(v) for v in (have if isinstance(have, list) else [have])
-                ]
+        check_settings(flags, args)
+
+
+def test_the_logs_of_the_mixtures_are_of_whole_runs_with_the_settings_that_the_script_has():
+    paths = sorted((real_audio.RESULTS / "mini").glob("*-s0/args.json"))
+    assert [path.parent.name for path in paths] == sorted(f"{name}-s0" for name in real_audio.MINI)
+    for path in paths:
+        args, (flags, teacher) = json.loads(path.read_text()), real_audio.MINI[path.parent.name.removesuffix("-s0")]
+        assert [t.split("/")[-2:] for t in args.get("teacher", [])] == (
+            [[f"{teacher}-s0", "best.pt"]] if teacher else []
+        )
+        check_settings(flags, args)
+        metrics = json.loads((path.parent / "metrics-best-eval.json").read_text())
+        assert (metrics["clips"], metrics["seed"], metrics["task"]) == (800, 0, "multi-label")
+        log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
+        assert len(log) == args["epochs"] and max(e["val_score"] for e in log) == metrics["val_score"]
+
+
+def check_settings(flags, args):
+    for flag, *values in (part.split() for part in flags.split("--")[1:]):
+        have = args[flag.replace("-", "_")]
+        if flag != "pretrained":
+            assert [*map(plain, values or ["1"])] == [*map(plain, have if isinstance(have, list) else [have])], flag
 
 
 def plain(value):
