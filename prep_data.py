@@ -223,7 +223,7 @@ def esc(root, ten):
 def fsd50k(root):
     """FSD50K's official layout and its official split of the dev part into train and val."""
     truth, clips = root / "FSD50K.ground_truth", []
-    classes = [(mid, name) for _, (_, name, mid) in read_rows(truth / "vocabulary.csv") if mid[:1] == "/"]
+    classes = [(mid, name) for _, (_, name, mid) in read_rows(truth / "vocabulary.csv") if mid != "mid"]
     index = {mid: i for i, (mid, _) in enumerate(classes)}
     columns = ["fname", "labels", "mids"]
     for part, r in ((p, r) for p in ("dev", "eval") for r in read_table(truth / f"{p}.csv", columns)):
