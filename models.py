@@ -437,7 +437,7 @@ def torch_load(path):
     except Exception as e:  # the unpickler raises almost anything on bytes that are not its own
         if isinstance(e, OSError) and e.filename:  # it may not be read
             raise
-        raise ValueError(f"{path} is not a readable weight file (damaged, or of another format)") from e
+        raise ValueError(f"{path} is not a readable weight file (damaged, of another format?): use another") from e
 
 
 def read_checkpoint(path):
