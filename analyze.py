@@ -66,16 +66,17 @@ def labels_of(items, pool=True):
     return labels
 
 
-def pooled(labels, rows):
-    """{label: its rows (n, m)}, in the order of the labels. A checkpoint has (m,), or (seeds, m), which it keeps where it is
-    alone and of which several of a label give their means; cut to the m that all of them have."""
-    found = {}
-    for label, r in zip(labels, rows):
-        found.setdefault(label, []).append(np.atleast_2d(r))
-    for label, own in found.items():
-        own = [r[:, : min(v.shape[1] for v in own)] for r in own]
-        found[label] = own[0] if len(own) == 1 else np.array([r.mean(0) for r in own])
-    return found
+def pool(entries, keys):
+    """{label: its first entry, with its rows (n, m) under each of the keys}, in the order of the labels. An entry has (m,)
+    there, or (seeds, m), which it keeps where it is alone; several of a label give their means, as long as the shortest."""
+    pools = {}
+    for e in entries:
+        pools.setdefault(e["label"], []).append(e)
+    for label, own in pools.items():
+        rows = {key: [np.atleast_2d(e[key]) for e in own] for key in keys}
+        several = {key: np.transpose([*zip(*(r.mean(0) for r in each))]) for key, each in rows.items()}
+        pools[label] = own[0] | (several if len(own) > 1 else {key: rows[key][0] for key in keys})
+    return pools
 
 
 def spread(rows):
@@ -98,22 +99,20 @@ def print_table(header, rows):
     print()
 
 
-def draw(entries, panels):
-    """A panel for each (values of each entry, x, settings of its axes): the mean over the entries {"label", "taught", ...} of
-    a label and a band of their deviation -> figure, [(axes, {label: rows})]"""
-    labels, taught, found = [e["label"] for e in entries], {e["label"]: e["taught"] for e in entries}, []
+def draw(pools, panels):
+    """A panel for each {key: (x, settings of its axes)}: for every label the mean of its rows under this key, and a band of
+    their deviation"""
     rows = 1 + (len(panels) > 3)
     columns = math.ceil(len(panels) / rows)
     fig, axes = evaluate.figure(3.7 * columns, 3.2 * rows, rows, columns, grid="both")
-    for ax, (values, x, settings) in zip(axes, panels):
-        found.append((ax, pooled(labels, values)))
-        for i, (label, lines) in enumerate(found[-1][1].items()):
-            mean, deviation = spread(lines)
+    for ax, (key, (x, settings)) in zip(axes, panels.items()):
+        for i, (label, e) in enumerate(pools.items()):
+            mean, deviation = spread(e[key])
             at = x[: len(mean)]
-            ax.plot(at, mean, "-o" if taught[label] else "--o", color=f"C{i}", ms=3.5, label=label)
+            ax.plot(at, mean, "-o" if e["taught"] else "--o", color=f"C{i}", ms=3.5, label=label)
             ax.fill_between(at, mean - deviation, mean + deviation, color=f"C{i}", alpha=0.2, lw=0)
         ax.set(**settings)
-    return fig, found
+    return fig
 
 
 def save(name, content, fig, out):
@@ -153,51 +152,46 @@ def disturbance(kind, level, seed, data, device):
 
 
 def drops(path, args, device):
-    """A checkpoint's clean score, and by disturbance, (SEEDS, levels), its drop in %: 100 (clean - disturbed) / clean"""
+    """A checkpoint's clean score, and under each disturbance, (SEEDS, levels), its drop in %: 100 (clean - disturbed) / clean"""
     model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
-    clean, drop = evaluate.main_score(model, meta, data, device, f"{path}, clean"), {}
+    clean = evaluate.main_score(model, meta, data, device, f"{path}, clean")
     if not clean > 0:
         raise ValueError(f"{path} scores {clean} on clean input and has nothing to lose: give a trained checkpoint")
+    found = {"taught": bool(meta.get("teachers")), "score": evaluate.MAIN_SCORE[data.task], "clean": clean}
     for kind in args.disturb:
-        drop[kind] = np.zeros((SEEDS, len(LEVELS[kind][0])))
-        for seed, i in np.ndindex(drop[kind].shape):
+        found[kind] = np.zeros((SEEDS, len(LEVELS[kind][0])))
+        for seed, i in np.ndindex(found[kind].shape):
             level = LEVELS[kind][0][i]
             label = f"{path}, {kind} {level}, seed {seed + 1} of {SEEDS}"
             disturb = disturbance(kind, level, seed, data, device)
-            found = evaluate.main_score(model, meta, data, device, label, disturb)
-            drop[kind][seed, i] = 100 * (clean - found) / clean
-    return {"taught": bool(meta.get("teachers")), "score": evaluate.MAIN_SCORE[data.task], "clean": clean, "drop": drop}
+            score = evaluate.main_score(model, meta, data, device, label, disturb)
+            found[kind][seed, i] = 100 * (clean - score) / clean
+    return found
 
 
 def robustness(args, device):
     """Drop of the score by disturbance and level. The deviation is over seeds of the disturbance; where several
     checkpoints have one label, over them, each the mean of its seeds."""
     items = parse(args.ckpt)
-    found, panels = [drops(path, args, device) for _, path in items], []
+    labels = labels_of(items)
+    entries = [{"label": label} | drops(path, args, device) for label, (_, path) in zip(labels, items)]
     if dataset.rank():
         return
-    labels, what = labels_of(items), " or ".join(sorted({r["score"] for r in found}))
-    entries = [{"label": label} | r for label, r in zip(labels, found)]
-    clean = {label: rows.mean() for label, rows in pooled(labels, [[e["clean"]] for e in entries]).items()}
+    what, panels = " or ".join(sorted({e["score"] for e in entries})), {}
+    pools = pool(entries, ["clean", *args.disturb])
     for kind in args.disturb:
         levels, unit = LEVELS[kind]
         names = {"title": f"Random {kind}", "xlabel": unit, "ylabel": f"drop of {what} (%)"}
-        panels.append(([e["drop"][kind] for e in entries], levels, names | {"xticks": levels, "xticklabels": levels}))
-    fig, drawn = draw(entries, panels)
-    for kind, (_, lines) in zip(args.disturb, drawn):
-        header = [f"drop of {what} (%) by {LEVELS[kind][1]}", "clean", *LEVELS[kind][0]]
-        print_table(header, [[label, f"{100 * clean[label]:.1f}", *cells(rows)] for label, rows in lines.items()])
-    content = {str(path): e | {"drop": by_level(e["drop"])} for (_, path), e in zip(items, entries)}
-    for e in [e for e in entries if labels.count(e["label"]) > 1]:
-        drop = {kind: lines[e["label"]] for kind, (_, lines) in zip(args.disturb, drawn)}
-        content[e["label"]] = e | {"clean": clean[e["label"]], "drop": by_level(drop)}
-    save("robustness", content, fig, args.out)
-
-
-def by_level(drop):
-    """{disturbance: (n, levels)} -> {disturbance: {level: its mean and deviation}}, as JSON holds it"""
-    found = {kind: zip(LEVELS[kind][0], *map(np.ndarray.tolist, spread(rows))) for kind, rows in drop.items()}
-    return {kind: {str(v): {"mean": m, "deviation": s} for v, m, s in levels} for kind, levels in found.items()}
+        panels[kind] = levels, names | {"xticks": levels, "xticklabels": levels}
+        lines = [[label, f"{100 * e['clean'].mean():.1f}", *cells(e[kind])] for label, e in pools.items()]
+        print_table([f"{names['ylabel']} by {unit}", "clean", *levels], lines)
+    content = {str(path): e for (_, path), e in zip(items, entries)}
+    content |= {label: e for label, e in pools.items() if labels.count(label) > 1}
+    for key, e in content.items():
+        drop = {kind: zip(map(str, LEVELS[kind][0]), *spread(np.atleast_2d(e[kind]))) for kind in args.disturb}
+        drop = {kind: {v: {"mean": m, "deviation": s} for v, m, s in levels} for kind, levels in drop.items()}
+        content[key] = {k: e[k] for k in ("label", "taught", "score")} | {"clean": np.mean(e["clean"]), "drop": drop}
+    save("robustness", content, draw(pools, panels), args.out)
 
 
 # ------------------------------------------------------------------------------------------------ similarity, Table 6
@@ -315,7 +309,7 @@ def attention_distance(model, meta, data, device, label):
 
 def attention(args, device):
     """Mean attention distance of ASTs by layer"""
-    items, entries, panels = parse(args.ckpt), [], []
+    items, entries, panels = parse(args.ckpt), [], {}
     for label, (_, path) in zip(labels_of(items), items):
         model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
         if models.family(meta["model"]["name"]) != "ast":
@@ -324,15 +318,13 @@ def attention(args, device):
         entries.append({"label": label, "taught": bool(meta.get("teachers"))})
         entries[-1] |= {"time_patches": t.tolist(), "frequency_patches": f.tolist()}
         entries[-1] |= {"time_ms": (STRIDE * FRAME_MS * t).tolist(), "mel_bins": (STRIDE * f).tolist()}
-    x, kinds = range(1, len(t) + 1), (("mel_bins", "Frequency", "mel bins"), ("time_ms", "Time", "ms"))
-    for key, title, unit in kinds:
+    x, pools = range(1, len(t) + 1), pool(entries, ["mel_bins", "time_ms"])
+    for key, title, unit in (("mel_bins", "Frequency", "mel bins"), ("time_ms", "Time", "ms")):
         names = {"title": title, "xlabel": "layer", "ylabel": f"mean attention distance ({unit})", "xticks": x}
-        panels.append(([e[key] for e in entries], x, names))
-    fig, drawn = draw(entries, panels)
-    for (_, lines), (_, title, unit) in zip(drawn, kinds):
+        panels[key] = x, names
         header = [f"attention distance in {title.lower()} ({unit}), layer", *x]
-        print_table(header, [[label, *cells(rows)] for label, rows in lines.items()])
-    save("attention", {str(path): e for (_, path), e in zip(items, entries)}, fig, args.out)
+        print_table(header, [[label, *cells(e[key])] for label, e in pools.items()])
+    save("attention", {str(path): e for (_, path), e in zip(items, entries)}, draw(pools, panels), args.out)
 
 
 # ------------------------------------------------------------------------------------------ learning curves, Figure 3
@@ -382,32 +374,33 @@ def curves(args, device):
         content[str(run)] |= {"val": log.get("val_score", []), "data": data, "scores": scores}
         if any({"train", args.split} - scores[e].keys() and not (run / f"ep-{e:>02}.pt").exists() for e in scores):
             pruned = pruned or run
-    entries, labels = list(content.values()), [c["label"] for c in content.values()]
-    panels = {"training loss": [c["loss"] for c in entries]}
-    if not pruned:
-        for run, entry in content.items():
-            score_epochs(pathlib.Path(run), entry, args, device, lambda: dataset.write_json(path, content))
-        for split in ("train", args.split):
-            panels[f"{split} score (%)"] = [[100 * known[split] for known in c["scores"].values()] for c in entries]
-    else:
+    has_val, entries = all(c["val"] for c in content.values()), []
+    if pruned:
         print(f"{pruned} lacks ep-NN.pt (--keep-epochs keeps them): no score on train and {args.split} by epoch")
-        if all(c["val"] for c in entries):
-            panels["validation score (%)"] = [[100 * v for v in c["val"]] for c in entries]
-    x = range(1, max(len(c["loss"]) for c in entries) + 1)
-    fig, drawn = draw(entries, [(values, x, {"xlabel": "epoch", "ylabel": title}) for title, values in panels.items()])
-    table = {label: [label, labels.count(label)] for label in labels}
-    val = pooled(labels, [c["val"] for c in entries]) if all(c["val"] for c in entries) else {}
-    for ax, lines in drawn:
+    for run, c in content.items():
+        panels = {"training loss": c["loss"]}
+        if not pruned:
+            score_epochs(pathlib.Path(run), c, args, device, lambda: dataset.write_json(path, content))
+            for split in ("train", args.split):
+                panels[f"{split} score (%)"] = [100 * known[split] for known in c["scores"].values()]
+        elif has_val:
+            panels["validation score (%)"] = [100 * v for v in c["val"]]
+        entries.append(c | panels)
+    pools, x = pool(entries, [*panels, *["val"] * has_val]), range(1, max(len(c["loss"]) for c in entries) + 1)
+    fig = draw(pools, {key: (x, {"xlabel": "epoch", "ylabel": key}) for key in panels})
+    table = {label: [label, [e["label"] for e in entries].count(label)] for label in pools}
+    for ax, key in zip(fig.axes, panels):
         ax.xaxis.get_major_locator().set_params(integer=True)
-        for i, (label, mean) in enumerate((label, rows.mean(0)) for label, rows in lines.items()):
-            best = int(mean.argmin() if ax is fig.axes[0] else (val or lines)[label].mean(0).argmax())
+        for i, (label, e) in enumerate(pools.items()):
+            mean, is_loss = e[key].mean(0), key == "training loss"
+            best = int(mean.argmin() if is_loss else e["val" if has_val else key].mean(0).argmax())
             table[label] += [f"{mean[best]:.4g}", best + 1, f"{mean[-1]:.4g}"]
-            if ax is not fig.axes[0]:
+            if not is_loss:
                 ax.plot(best + 1, mean[best], "*", color=f"C{i}", ms=12, mec="k", mew=0.6, zorder=3)
     limits = [v for ax in fig.axes[1:] for v in ax.get_ylim()]
     for ax in fig.axes[1:]:  # side by side: the same scale
         ax.set_ylim(min(limits), max(limits))
-    header = [v for title in panels for v in (f"{title}: best", "epoch", "last")]
+    header = [v for key in panels for v in (f"{key}: best", "epoch", "last")]
     print_table(["", "runs", *header], list(table.values()))
     save("curves", content, fig, args.out)
 
@@ -447,13 +440,14 @@ def draw_teachers(points, baselines, what):
     for i, label in enumerate(dict.fromkeys(p["label"] for p in points)):
         mine = [p for p in points if p["label"] == label]
         colors.setdefault(mine[0]["model"], f"C{i}")
-        scores = [(100 * p["teacher_score"], 100 * p["student_score"]) for p in mine]
-        by_epoch = sorted(pooled([p["teacher_epoch"] for p in mine], scores).items())
-        (x, dx), (y, dy) = np.transpose([spread(rows) for _, rows in by_epoch])  # (epochs,) each
+        by_epoch = {}
+        for p in sorted(mine, key=lambda p: p["teacher_epoch"]):
+            by_epoch.setdefault(p["teacher_epoch"], []).append((100 * p["teacher_score"], 100 * p["student_score"]))
+        (x, dx), (y, dy) = np.transpose([spread(np.array(rows)) for rows in by_epoch.values()])  # (epochs,) each
         ax.errorbar(x, y, dy, dx, "-o", color=f"C{i}", ms=4, lw=1.2, elinewidth=0.8, label=label)
-        for (epoch, rows), *point in zip(by_epoch, x, y):
+        for (epoch, rows), *point in zip(by_epoch.items(), x, y):
             ax.annotate(epoch, point, (4, -10), textcoords="offset points", fontsize=7)
-            table.append([label, epoch, len(rows), *cells(rows)])
+            table.append([label, epoch, len(rows), *cells(np.array(rows))])
     for name in [name for name in colors if name in baselines]:
         values = 100 * np.array(baselines[name])
         ax.axhline(values.mean(), ls="--", color=colors[name], lw=1, label=f"{name} without KD")

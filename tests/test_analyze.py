@@ -130,9 +130,9 @@ def drops_of(monkeypatch, model, data, kinds, levels=None):
 def test_a_model_that_ignores_time_loses_nothing_under_shift(multi, monkeypatch):
     data = dataset.FbankDataset(multi, "train")
     found = drops_of(monkeypatch, OneFrame(), data, ["time shift"])
-    assert found["drop"]["time shift"].shape == (3, 5) and (found["drop"]["time shift"] == 0).all()
+    assert found["time shift"].shape == (3, 5) and (found["time shift"] == 0).all()
     found = drops_of(monkeypatch, OneFrame(frame=0), data, ["time shift"])
-    assert found["drop"]["time shift"][:, 2:].min() > 1  # the first frame is now and then padding
+    assert found["time shift"][:, 2:].min() > 1  # the first frame is now and then padding
 
 
 def test_a_full_mask_leaves_a_model_nothing_and_the_drop_is_the_hand_computed_one(multi, monkeypatch):
@@ -144,7 +144,7 @@ def test_a_full_mask_leaves_a_model_nothing_and_the_drop_is_the_hand_computed_on
     blind = y.mean(dtype=np.float64)  # average precision of equal scores is the share of positives
     assert found["clean"] == clean > blind + 0.2
     for kind in full:
-        assert found["drop"][kind] == pytest.approx(np.full((3, 1), 100 * (clean - blind) / clean))
+        assert found[kind] == pytest.approx(np.full((3, 1), 100 * (clean - blind) / clean))
 
 
 def test_robustness_command_line_pools_a_label(runs, tmp_path, monkeypatch):
