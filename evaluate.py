@@ -63,15 +63,12 @@ def scores(predictions, targets, task):
         raise ValueError("predictions that are not finite: the weights that made them are broken")
     hot = targets > 0.5
     positives = hot.sum(0)
-    ap, auc = np.full(len(positives), np.nan), np.full(len(positives), np.nan)
-    some, both = positives > 0, (positives > 0) & (positives < len(hot))
-    if some.any():
-        ap[some] = average_precision_score(hot[:, some], predictions[:, some], average=None)
-    if both.any():
-        auc[both] = roc_auc_score(hot[:, both], predictions[:, both], average=None)
-    mean_auc = float(np.nanmean(auc)) if both.any() else math.nan
+    with warnings.catch_warnings(action="ignore"):  # of classes without a positive, or without a negative
+        ap = np.where(positives > 0, average_precision_score(hot, predictions, average=None), np.nan)
+        auc = np.atleast_1d(roc_auc_score(hot, predictions, average=None))  # it gives a number for C = 1
+        mean_ap, mean_auc = float(np.nanmean(ap)), float(np.nanmean(auc))
     return {
-        "mAP": float(np.nanmean(ap)) if some.any() else math.nan,
+        "mAP": mean_ap,
         "mAUC": mean_auc,
         "d_prime": float(math.sqrt(2) * ndtri(mean_auc)),
         "accuracy": float(hot[np.arange(len(hot)), predictions.argmax(1)].mean()),
