@@ -330,17 +330,10 @@ def attention(args, device):
 # ------------------------------------------------------------------------------------------ learning curves, Figure 3
 
 
-def thinned(data, n):
-    """The split with n of its clips, evenly spaced: scores of two splits compare only at one size."""
-    keep = np.linspace(0, len(data) - 1, min(n, len(data))).round().astype(int)
-    data.rows, data.frames, data.labels = data.rows[keep], data.frames[keep], data.labels[keep]
-    data.ids = tuple(data.ids[i] for i in keep)
-    return data
-
-
 def score_epochs(run, entry, args, device, keep):
     """Score ep-NN.pt on train and --split into entry["scores"] {epoch: {"modified", "train", split}}, where they are not
-    there yet; keep() after each. The training clips are as many as those of --split, without augmentation."""
+    there yet; keep() after each. The training clips are as many as those of --split, as scores compare only at one size, and
+    without augmentation."""
     splits = {}
     for epoch, known in entry["scores"].items():
         path = run / f"ep-{epoch:>02}.pt"
@@ -348,9 +341,12 @@ def score_epochs(run, entry, args, device, keep):
             continue
         model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
         if not splits:
-            train = "train-balanced" if meta["args"].get("recipe") == "audioset-bal" else "train"
-            splits = {args.split: data, "train": thinned(evaluate.open_for(meta, train, args.data), len(data))}
-            print(f"{run}: scored on {len(data)} clips of {args.split} and {len(splits['train'])} of {train}")
+            name = "train-balanced" if meta["args"].get("recipe") == "audioset-bal" else "train"
+            train = evaluate.open_for(meta, name, args.data)
+            at = np.linspace(0, len(train) - 1, min(len(data), len(train))).round().astype(int)  # evenly spaced
+            train.rows, train.frames, train.labels = train.rows[at], train.frames[at], train.labels[at]
+            splits = {args.split: data, "train": train}
+            print(f"{run}: scored on {len(data)} clips of {args.split} and {len(train)} of {name}")
         known.clear()
         for split, data in splits.items():
             label = f"{run}, epoch {epoch} of {len(entry['scores'])}, {split}"
