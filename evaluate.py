@@ -493,21 +493,19 @@ def open_taggers(a, device):
             raise ValueError(f"{path} and {a.ckpt[0]} differ in classes or task: they cannot be an ensemble")
     window = min(meta["n_frames"] for _, meta in loaded) / 100 if a.window is None else a.window
     hop = window / 2 if a.hop is None else a.hop
-    if not 0.1 <= window <= 3600 or not 0.01 <= hop <= window:
-        raise ValueError(f"--window {window:g} --hop {hop:g}: a window lasts 0.1 to 3600 s, a hop 0.01 s to one window")
-    if window > limit:
-        raise ValueError(f"--window {window:g} is longer than the {limit:g} s that this AST takes")
     frames = bool(a.frames or a.plot) and len(loaded) == 1 and models.family(first["model"]["name"]) == "cnn"
-    if a.frames and not frames:
-        raise ValueError("--frames works with one CNN, no AST, hybrid or ensemble: use --json, tags by window")
-    if a.embed and len(loaded) > 1:
-        raise ValueError("--embed writes the features of one checkpoint: give one --ckpt")
-    for flag, endings in (("plot", (".png", ".pdf", ".svg")), ("embed", (".npy",))):
-        path = getattr(a, flag)
-        if path and path.suffix not in endings:
-            raise ValueError(f"--{flag} {path} must end in {' or '.join(endings)}")
-    if a.top < 1:
-        raise ValueError(f"--top {a.top} is out of range: it must be at least 1")
+    for wrong, fault in (
+        (not 0.1 <= window <= 3600, f"--window {window:g} is out of range: it must be 0.1 to 3600 s"),
+        (not 0.01 <= hop <= window, f"--hop {hop:g} is out of range: it must be 0.01 s to one window, {window:g} s"),
+        (window > limit, f"--window {window:g} is longer than the {limit:g} s that this AST takes"),
+        (a.frames and not frames, "--frames works with one CNN, no AST, hybrid or ensemble: --json has tags by window"),
+        (a.embed and len(loaded) > 1, "--embed writes the features of one checkpoint: give one --ckpt"),
+        (a.embed and a.embed.suffix != ".npy", f"--embed {a.embed} must end in .npy"),
+        (a.plot and a.plot.suffix not in (".png", ".pdf", ".svg"), f"--plot {a.plot} must end in .png, .pdf or .svg"),
+        (a.top < 1, f"--top {a.top} is out of range: it must be at least 1"),
+    ):
+        if wrong:
+            raise ValueError(fault)
     if limit < math.inf:
         print(f"an AST takes {limit:g} s: shorter clips are padded with 0.0 log-mel, as in training")
     return loaded, window, hop, frames
