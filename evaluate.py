@@ -534,9 +534,9 @@ def tag_file(path, loaded, window, hop, device, bar, frames, embed):
         windows.append((start, end, p))
         step = model.backbone.feature_info[-1]["reduction"] / 100 if frames else None  # s
         columns = probabilities(logits[0], meta["task"]).cpu().numpy() if frames else []
-        for i, q in enumerate(columns):
-            since = max(start + i * step, tags[-1][1] if tags else 0)
-            till = end if i + 1 == len(columns) else start + (i + 1) * step  # DenseNet drops a part of one
+        for i, q in enumerate(columns, 1):
+            since = tags[-1][1] if tags else 0.0
+            till = end if i == len(columns) else start + i * step  # DenseNet drops a part of one
             if till - since > 0.005:  # the next window begins before this one ends
                 tags.append((since, till, q))
         bar.update()
@@ -694,7 +694,7 @@ def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     path, one_of = pathlib.Path, p.add_mutually_exclusive_group
     add = one_of(required=True).add_argument
-    add("--ckpt", type=path, nargs="+", metavar="FILE", help="score this checkpoint, or the ensemble of several")
+    add("--ckpt", type=models.best_of, nargs="+", metavar="FILE", help="score a checkpoint, or the ensemble of several")
     add("--average", type=path, metavar="RUN", help="average the weights of a run's epochs into RUN/wa.pt")
     add("--summary", type=path, metavar="EXP", help="print the table of all runs of a folder exp/NAME")
     add = p.add_argument
@@ -720,7 +720,6 @@ def main():
         raise ValueError(f"{what}: give --ckpt{' and --audio' * bool(outputs)} too")
     if a.summary:
         return summary(a.summary)
-    a.ckpt = [models.best_of(p) for p in a.ckpt or []]
     device = models.setup(a.device)
     if a.audio or a.export:
         if rank() == 0:
