@@ -301,9 +301,9 @@ def average_weights(paths):
 def average_run(run, device, keep_epochs=False, root=None):
     """Write run/wa.pt by its recipe's protocol (Section 4.6): epochs s..last, s chosen on validation, where every running
     mean is scored, or by the table. Prunes ep-*.pt unless told to keep them."""
+    args = dataset.read_json(run / "args.json", "epochs", "average", "keep_epochs")
     if rank() == 0:
         dataset.lock(run)
-    args = dataset.read_json(run / "args.json", "epochs", "average", "keep_epochs")
     if not (run / "last.pt").exists() or models.read_checkpoint(run / "last.pt")["epoch"] < args["epochs"]:
         raise ValueError(f"{run} is not trained to its last epoch ({args['epochs']}): run its training command again")
     paths = [run / f"ep-{epoch:02d}.pt" for epoch in range(1, args["epochs"] + 1)]
@@ -726,8 +726,6 @@ def main():
             tag(a, device) if a.audio else export(a.ckpt, a.export)
     elif a.ckpt:
         score_checkpoints(a.ckpt, a.split, a.data, device)
-    elif not (a.average / "args.json").is_file():
-        raise FileNotFoundError(f"--average {a.average}: no run here (args.json is missing)")
     else:
         average_run(a.average, device, a.keep_epochs, a.data)
 
