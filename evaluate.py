@@ -441,19 +441,6 @@ def draw_curves(folder, main):
 # ------------------------------------------------------------------------------------------------------------ tags
 
 
-def audio_files(paths):
-    """These files, and the audio files below these folders in order; ValueError for a folder without any."""
-    import prep_data
-
-    files = []
-    for path in paths:
-        below = sorted(map(pathlib.Path, prep_data.files_below(path))) if path.is_dir() else [path]
-        if not below:
-            raise ValueError(f"--audio {path}: this folder holds no audio ({' '.join(sorted(prep_data.AUDIO))})")
-        files += below
-    return files
-
-
 def stream_audio(path, window, hop):
     """Yield (start in s, (samples,) float32 at 16 kHz): `window` s of an audio file every `hop` s, read blockwise from disk.
 
@@ -551,7 +538,13 @@ def tag(a, device):
     except ImportError as e:
         raise ValueError(f"--audio needs soundfile and torchaudio, and {e.name} is missing: install {e.name}") from e
     loaded, window, hop, frames = open_taggers(a, device)
-    classes, files = loaded[0][1]["classes"], audio_files(a.audio)
+    files = []
+    for path in a.audio:
+        below = sorted(map(pathlib.Path, prep_data.files_below(path))) if path.is_dir() else [path]
+        if not below:
+            raise ValueError(f"--audio {path}: this folder holds no audio ({' '.join(sorted(prep_data.AUDIO))})")
+        files += below
+    classes = loaded[0][1]["classes"]
     best = lambda p: [{"class": classes[c], "probability": round(float(p[c]), 6)} for c in (-p).argsort()[: a.top]]
     found, rows, features, failed = [], [], [], []
     with models.progress(None, "tags", unit="window") as bar:
