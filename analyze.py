@@ -231,8 +231,6 @@ def predict_with_features(model, meta, data, device, label):
 def similarity(args, device):
     """Matrices of prediction correlation and of SVCCA; in the figure a student and its teacher are boxed."""
     items, found, known, first = parse(args.ckpt), [], [], None
-    if len(items) < 2:
-        raise ValueError("similarity compares checkpoints, and there is only one: give at least two")
     for _, path in items:
         model, meta, data = evaluate.open_checkpoint(path, args.split, args.data, device)
         first = first or data

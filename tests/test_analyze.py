@@ -407,7 +407,6 @@ def test_errors_are_one_sentence(runs, folds, tmp_path):
 
     cnn, ast = runs / "cnn-s0" / "best.pt", runs / "ast-s0" / "best.pt"
     assert f"{cnn} is a {CNN}, and attention distance is an AST's" in fails("attention", ast, cnn)
-    assert "give at least two" in fails("similarity", cnn)
     other = tmp_path / "other" / "best.pt"
     model, meta = models.load_checkpoint(cnn)
     meta = {k: v for k, v in meta.items() if k not in ("format", "model")} | {
