@@ -73,9 +73,12 @@ def pool(entries, keys):
     for e in entries:
         pools.setdefault(e["label"], []).append(e)
     for label, own in pools.items():
-        rows = {key: [np.atleast_2d(e[key]) for e in own] for key in keys}
-        several = {key: np.transpose([*zip(*(r.mean(0) for r in each))]) for key, each in rows.items()}
-        pools[label] = own[0] | (several if len(own) > 1 else {key: rows[key][0] for key in keys})
+        rows = {}
+        for key in keys:
+            each = [np.atleast_2d(e[key]) for e in own]
+            shortest = min(r.shape[1] for r in each)
+            rows[key] = each[0] if len(own) == 1 else np.array([r.mean(0)[:shortest] for r in each])
+        pools[label] = own[0] | rows
     return pools
 
 
