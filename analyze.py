@@ -239,9 +239,9 @@ def similarity(args, device):
         first = first or data
         if (data.classes, data.task, data.ids) != (first.classes, first.task, first.ids):
             raise ValueError(f"{path} and {items[0][1]} differ in classes or clips: give one data set's and fold's")
-        if len(data.classes) < 2:
-            raise ValueError(f"{path} knows one class, and predictions are correlated over classes: it takes two")
         p, z = predict_with_features(model, meta, data, device, str(path))
+        if not (p.std(1).all() and z.std(0).any()):  # of one class, or of a dead model
+            raise ValueError(f"{path} predicts the same for all classes or all clips: that correlates with nothing")
         found.append((p, leading(z)))
         known.append([os.path.realpath(t) for t in meta["args"].get("teacher", [])])
     taught = np.array([[os.path.realpath(path) in ours for _, path in items] for ours in known])
@@ -371,6 +371,8 @@ def curves(args, device):
         content[str(run)] |= {"val": log.get("val_score", []), "data": data, "scores": scores}
         if any({"train", args.split} - scores[e].keys() and not (run / f"ep-{e:>02}.pt").exists() for e in scores):
             pruned = pruned or run
+    if len(content) < len(items):
+        raise ValueError("curves shows whole runs, and one of these is given twice: give each run once")
     has_val, entries = all(c["val"] for c in content.values()), []
     if pruned:
         print(f"{pruned} lacks ep-NN.pt (--keep-epochs keeps them): no score on train and {args.split} by epoch")
@@ -416,7 +418,7 @@ def teachers(args, device):
             baselines.setdefault(name, []).append(student)
             continue
         if len(known) > 1 or not os.path.isfile(known[0]):
-            fault = f"{len(known)} teachers" if len(known) > 1 else f"a teacher that is not at {known[0]}"
+            fault = f"{len(known)} teachers" if len(known) > 1 else f"a teacher that is no checkpoint at {known[0]}"
             raise ValueError(f"{path} has {fault}: give students of one teacher, in the folder of their training")
         model, theirs, data = evaluate.open_checkpoint(known[0], args.split, args.data, device)
         teacher = evaluate.main_score(model, theirs, data, device, known[0])
@@ -468,7 +470,7 @@ def main():
     device = models.setup(args.device)
     if dataset.world() > 1 and args.what != "robustness":
         raise ValueError(f"{args.what} runs in one process: start it with python, not with torchrun")
-    args.out.mkdir(parents=True, exist_ok=True)
+    evaluate.check_writable(args.out)
     verbs[args.what](args, device)
 
 

@@ -166,6 +166,13 @@ def report_absent(positives, data):
         print(f"without a positive in {data.split}, left out of macro scores: {count} ({some})")
 
 
+def check_writable(folder):
+    """Make the folder of the results; ValueError, before the work and not after it, if nothing can be written there."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise ValueError(f"{folder}, where the results go, is not writable: name another, or copy the checkpoint")
+
+
 def score_checkpoints(paths, split, root, device):
     """Score one checkpoint, or the ensemble of several (mean of probabilities); write and print the scores."""
     total, first, start = 0, None, time.time()
@@ -176,8 +183,7 @@ def score_checkpoints(paths, split, root, device):
         out = pathlib.Path(os.path.normpath(out / ".." / ("ensemble-" + "+".join(runs))))
     for path, home in zip(paths, homes):
         model, meta, data = open_checkpoint(path, split, root, device)
-        if not os.access(out if out.exists() else out.parent, os.W_OK):
-            raise ValueError(f"{out} is not writable, and the scores go there: copy the checkpoint elsewhere")
+        check_writable(out if out.exists() else out.parent)
         if first is None:
             first, clips, n_params = meta, (data.classes, data.ids), sum(v.numel() for v in model.parameters())
         if (data.classes, data.ids) != clips:
@@ -421,7 +427,7 @@ def read_log(run, *keys):
         log = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         return {k: [e[k] for e in log] for k in keys if k in log[0]}
     except (OSError, IndexError, KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{path} is missing or damaged: remove it to leave this run out, or train it again") from e
+        raise ValueError(f"{path} is missing or damaged: leave its run out (remove it), or train it again") from e
 
 
 def draw_curves(folder, main):
@@ -489,10 +495,13 @@ def open_taggers(a, device):
         (a.embed and len(loaded) > 1, "--embed writes the features of one checkpoint: give one --ckpt"),
         (a.embed and a.embed.suffix != ".npy", f"--embed {a.embed} must end in .npy"),
         (a.plot and a.plot.suffix not in (".png", ".pdf", ".svg"), f"--plot {a.plot} must end in .png, .pdf or .svg"),
+        ({a.json, a.frames} & {*a.audio}, "--json or --frames would overwrite a file of --audio: name another"),
         (a.top < 1, f"--top {a.top} is out of range: it must be at least 1"),
     ):
         if wrong:
             raise ValueError(fault)
+    for out in filter(None, (a.json, a.frames, a.embed, a.plot)):
+        check_writable(out.parent)
     if limit < math.inf:
         print(f"an AST takes {limit:g} s: shorter clips are padded with 0.0 log-mel, as in training")
     return loaded, window, hop, frames
@@ -572,7 +581,7 @@ def tag(a, device):
         dataset.write_csv(a.frames, ["file", "start", "end", *classes], lines)
     if a.embed and found:
         dataset.atomic_write(a.embed, lambda p: np.save(p, np.stack(features)))
-        names = "".join(f"{one['file']}\n" for one in found)
+        names = "".join(" ".join(one["file"].splitlines()) + "\n" for one in found)
         dataset.atomic_write(a.embed.with_suffix(".txt"), lambda p: p.write_text(names, encoding="utf-8"))
     if failed:
         raise ValueError(f"{len(failed)} of {len(files)} files could not be tagged, the first is {failed[0]}")
@@ -600,7 +609,7 @@ def draw_tags(out, path, chosen, classes, tags):
     height = 0.6 + 0.24 * len(chosen)
     fig, (top, low) = figure(9, 3 + height, 2, sharex=True, height_ratios=(2.4, height))
     top.imshow(mel.T.numpy(), origin="lower", aspect="auto", extent=(0, seconds, 0, dataset.N_MELS), cmap="magma")
-    top.set(ylabel="mel bin", title=pathlib.Path(path).name)
+    top.set(ylabel="mel bin", title=short(path.name))
     edges = [start for start, _, _ in tags] + [seconds]
     p = np.stack([q[chosen] for *_, q in tags], 1)  # (chosen, W)
     drawn = low.pcolormesh(edges, range(len(chosen) + 1), p, vmin=0, vmax=1, cmap="Greens")

@@ -418,6 +418,12 @@ def test_errors_are_one_sentence(runs, folds, tmp_path):
     (tmp_path / "empty").mkdir()
     for verb, what in (("robustness", "empty"), ("curves", "empty"), ("curves", "absent")):
         assert f"{tmp_path / what} is neither a checkpoint nor a run's folder" in fails(verb, tmp_path / what)
+    assert "one of these is given twice" in fails("curves", f"a={cnn}", f"b={cnn}")
+    dead = tmp_path / "dead" / "best.pt"
+    for v in model.head.parameters():
+        nn.init.zeros_(v)
+    models.save_checkpoint(dead, model, **meta | {"data": str(folds), "args": meta["args"] | {"fold": 1}})
+    assert f"{dead} predicts the same for all classes" in fails("similarity", dead, other)
     assert "none of these checkpoints has a teacher" in fails("teachers", cnn)
     damaged = tmp_path / "damaged"
     damaged.mkdir()

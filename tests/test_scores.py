@@ -287,7 +287,7 @@ def test_data_that_nobody_may_write_to(multi):
         code, output = forked("evaluate.py", "--ckpt", path, before=nobody)
         assert code == 0 and written(path.parent)["clips"] == 14, output
         code, output = forked("evaluate.py", "--ckpt", other, before=nobody)
-        assert code == 1 and "error: " in output and f"{other.parent} is not writable" in output
+        assert code == 1 and "error: " in output and f"{other.parent}, where the results go, is not writable" in output
 
 
 # ------------------------------------------------------------------------------------------------ weight averaging

@@ -193,12 +193,12 @@ def test_frames_average_to_the_clip_and_follow_each_other(tmp_path):
 def test_features_of_files_and_an_ensemble(tmp_path):
     one = checkpoint(tmp_path / "a.pt", AST, 60)
     two = checkpoint(tmp_path / "b.pt", CNN, 60, seed=1)
-    for i in range(2):
-        soundfile.write(tmp_path / f"{i}.wav", sound(0.9, seed=i), 16000, subtype="FLOAT")
-    files = [tmp_path / "1.wav", tmp_path / "0.wav"]
+    files = [tmp_path / "a\nname.wav", tmp_path / "0.wav"]
+    for i, path in zip((1, 0), files):
+        soundfile.write(path, sound(0.9, seed=i), 16000, subtype="FLOAT")
     flags = ["--window", 0.6, "--hop", 0.3]
     inside("evaluate.py", "--ckpt", tmp_path / "a.pt", "--audio", *files, *flags, "--embed", tmp_path / "z.npy")
-    assert (tmp_path / "z.txt").read_text() == f"{files[0]}\n{files[1]}\n"
+    assert (tmp_path / "z.txt").read_text() == f"{tmp_path / 'a name.wav'}\n{files[1]}\n"
     cut = lambda i, at: sound(0.9, seed=i)[at : at + 9600, 0]
     for z, i in zip(np.load(tmp_path / "z.npy"), (1, 0)):
         x = torch.stack([torch.nn.functional.pad(log_mel(cut(i, at)), (0, 0, 0, 2)) for at in (0, 4800)])
@@ -220,6 +220,8 @@ def test_flags_that_do_not_fit(tmp_path):
         ((*tags, "--window", 1, "--hop", 2), "--hop 2"),
         ((*tags, "--top", 0), "--top 0"),
         ((*tags, "--plot", tmp_path / "out"), "must end in .png"),
+        ((*tags, "--json", tmp_path / "x.wav"), "would overwrite a file of --audio"),
+        ((*tags, "--embed", tmp_path / "x.wav" / "z.npy"), f"'{tmp_path / 'x.wav'}'"),  # before the work
         (("--ckpt", tmp_path / "a.pt", "--json", tmp_path / "o"), "--json: give --ckpt and --audio too"),
         (("--summary", tmp_path, "--audio", tmp_path), "give --ckpt too"),
         (("--ckpt", tmp_path / "a.pt"), "give --data"),
