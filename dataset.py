@@ -164,6 +164,7 @@ def report_edit(path, crc):
 
 class FbankDataset(torch.utils.data.Dataset):
     """One split ('train', 'val' or 'eval') of a prepared folder; with `fold`, 'train' is the other folds, 'eval' that one.
+    None is all its clips.
 
     ds[i] -> (x (T, 128) float32 log-mel in nats, not normalised, zero after the clip's end; y (C,) float32 in {0, 1}).
     ds.batch(indices) -> the same for a batch, float16 and with the clips' own frame counts: what training uses.
@@ -207,7 +208,7 @@ class FbankDataset(torch.utils.data.Dataset):
                     folds.add(r[fold_])
                     splits.add(r[split_])
                     in_split = f"{r[split_]}-".startswith(f"{split}-")  # 'train' is also train-balanced, -unbalanced
-                    if in_split if fold is None else (r[fold_] == str(fold)) == (split == "eval"):
+                    if split is None or (in_split if fold is None else (r[fold_] == str(fold)) == (split == "eval")):
                         own = [int(k) for k in r[labels].split(";")] if r[labels] else []
                         values = (int(r[row]), r[id_], own, int(r[n_frames]), float(r[mean]), float(r[var]))
                         for column, value in zip(columns, values):
@@ -217,7 +218,7 @@ class FbankDataset(torch.utils.data.Dataset):
             raise ValueError(f"{where} does not have the columns {columns} ({e})") from e
         rows, ids, labels, frames, mean, var = columns
         folds, splits = sorted(folds - {""}, key=lambda k: (len(k), k)), sorted(splits - {""})
-        if fold is None and not splits:
+        if split is not None and fold is None and not splits:
             raise ValueError(f"{self.root} has folds, not splits: give --fold (run_all.sh: FOLDS='{' '.join(folds)}')")
         if fold is not None and str(fold) not in folds:
             has = f"folds {', '.join(folds)}" if folds else "splits, not folds"

@@ -427,7 +427,7 @@ def test_check_finds_what_is_wrong(tmp_path):
     shard.unlink()
     assert "missing" in inside("prep_data.py", "--check", sound_folder)
     (sound_folder / "stats.json").unlink()
-    assert "not complete" in inside("prep_data.py", "--check", sound_folder)
+    assert "is not a prepared folder: run prep_data.py" in inside("prep_data.py", "--check", sound_folder)
 
 
 @pytest.mark.parametrize("flags", [[], ["csv", "--check", "x"]])
