@@ -16,6 +16,7 @@ import functools
 import gc
 import json
 import math
+import operator
 import os
 import pathlib
 import signal
@@ -199,33 +200,30 @@ class FbankDataset(torch.utils.data.Dataset):
         """clips.csv -> arrays of the clips of this split"""
         path, split, fold = self.root / "clips.csv", self.split, self.fold
         columns, folds, splits = [[] for _ in range(6)], set(), set()  # columns: a tuple a clip would keep the GC busy
+        C, T, single = len(self.classes), self.n_frames, self.task == "single-label"
         try:
             with open(path, newline="", encoding="utf-8-sig") as f:
                 lines = csv.reader(f)
-                header = next(lines)
-                row, id_, _, split_, fold_, labels, n_frames, mean, var = map(header.index, CLIP_COLUMNS)
-                for r in lines:
-                    folds.add(r[fold_])
-                    splits.add(r[split_])
-                    in_split = f"{r[split_]}-".startswith(f"{split}-")  # 'train' is also train-balanced, -unbalanced
-                    if split is None or (in_split if fold is None else (r[fold_] == str(fold)) == (split == "eval")):
-                        own = [int(k) for k in r[labels].split(";")] if r[labels] else []
-                        values = (int(r[row]), r[id_], own, int(r[n_frames]), float(r[mean]), float(r[var]))
-                        for column, value in zip(columns, values):
+                in_order = operator.itemgetter(*map(next(lines).index, CLIP_COLUMNS))
+                for row, id_, _, split_, fold_, labels, n, mean, var in map(in_order, lines):
+                    folds.add(fold_)
+                    splits.add(split_)
+                    in_split = f"{split_}-".startswith(f"{split}-")  # 'train' is also train-balanced, -unbalanced
+                    if split is None or (in_split if fold is None else (fold_ == str(fold)) == (split == "eval")):
+                        own, n = [int(k) for k in labels.split(";")] if labels else [], int(n)
+                        if any(not 0 <= k < C for k in own) or (single and len(own) != 1) or not 1 <= n <= T:
+                            raise ValueError(f"labels {own} of {C} classes, {self.task}, {n} of {T} frames")
+                        for column, value in zip(columns, (int(row), id_, own, n, float(mean), float(var))):
                             column.append(value)
         except (ValueError, IndexError, StopIteration, csv.Error) as e:
-            where, columns = f"{path} line {lines.line_num}", ",".join(CLIP_COLUMNS)
-            raise ValueError(f"{where} does not have the columns {columns} ({e})") from e
+            raise ValueError(f"{path} line {lines.line_num} is not a clip's {','.join(CLIP_COLUMNS)} ({e})") from e
         rows, ids, labels, frames, mean, var = columns
         folds, splits = sorted(folds - {""}, key=lambda k: (len(k), k)), sorted(splits - {""})
-        if split is not None and fold is None and not splits:
-            raise ValueError(f"{self.root} has folds, not splits: give --fold (run_all.sh: FOLDS='{' '.join(folds)}')")
-        if fold is not None and str(fold) not in folds:
-            has = f"folds {', '.join(folds)}" if folds else "splits, not folds"
-            raise ValueError(f"{self.root} has no fold {fold}: it has {has}")
-        if not rows or (fold is not None and split not in ("train", "eval")):
-            have = splits if fold is None else ["train", "eval"]
-            raise ValueError(f"{self.root} has no split '{split}': it has {', '.join(have)}")
+        if not rows or (fold is not None and (str(fold) not in folds or split not in ("train", "eval"))):
+            wanted = f"split '{split}'" + (f" of --fold {fold}" if fold is not None else "")
+            by_fold = f"train and eval of --fold {', '.join(folds)} (run_all.sh: FOLDS='{' '.join(folds)}')"
+            has = [f"splits {', '.join(splits)}"] * bool(splits) + [by_fold] * bool(folds)
+            raise ValueError(f"{self.root} has no {wanted}: it has {'; '.join(has)}")
         self.splits, self.has_val, self.ids = splits, fold is None and "val" in splits, tuple(ids)
         self.rows, self.frames = np.array(rows), np.array(frames)  # (n,): place in the shards, own frame count
         mean, var, share = np.array(mean), np.array(var), self.frames / self.frames.sum()
@@ -234,10 +232,6 @@ class FbankDataset(torch.utils.data.Dataset):
         self.labels = np.full((len(rows), max(1, *map(len, labels))), -1, np.int64)  # (n, most labels of a clip)
         for i, own in enumerate(labels):
             self.labels[i, : len(own)] = own
-        if self.labels.max() >= len(self.classes) or self.frames.min() < 1 or self.frames.max() > self.n_frames:
-            raise ValueError(f"{path} names a class that classes.csv does not have, or frames that no clip has")
-        if any(k < 0 for own in labels for k in own) or self.task == "single-label" and {*map(len, labels)} != {1}:
-            raise ValueError(f"{path} has a negative label, or, though it is single-label, not one label a clip")
 
     def _check_shards(self):
         """Every file is there and as long as it should be; the place of its first row."""

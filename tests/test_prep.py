@@ -905,10 +905,10 @@ def test_weights_balance_the_classes(small, small_shards):
 def test_dataset_refuses_what_is_not_there(small, small_shards, tmp_path):
     out = small[1]
     for split, fold, says in (
-        ("train", None, r"give --fold \(run_all.sh: FOLDS='1 2 3'\)"),
-        ("train", 4, "no fold 4: it has folds 1, 2, 3"),
-        ("val", 1, "no split 'val': it has train, eval"),
-        ("test", 1, "no split 'test': it has train, eval"),
+        ("train", None, r"no split 'train': it has train and eval of --fold 1, 2, 3 \(run_all.sh: FOLDS='1 2 3'\)"),
+        ("train", 4, "no split 'train' of --fold 4: it has train and eval of --fold 1, 2, 3"),
+        ("val", 1, "no split 'val' of --fold 1: it has train and eval of"),
+        ("test", 1, "no split 'test' of --fold 1: it has train and eval of"),
     ):
         with pytest.raises(ValueError, match=says):
             dataset.FbankDataset(out, split, fold=fold)
@@ -947,9 +947,9 @@ def test_demo_is_deterministic_and_as_described(tmp_path, monkeypatch):
         seen[split] = {row.numpy().tobytes() for row in x}
         assert len(seen[split]) == size and (ds.frames == 98).all()
     assert len(set.union(*seen.values())) == 420  # no clip in two splits
-    with pytest.raises(ValueError, match="no split 'test': it has eval, train, val"):
+    with pytest.raises(ValueError, match="no split 'test': it has splits eval, train, val"):
         dataset.FbankDataset(here, "test")
-    with pytest.raises(ValueError, match="no fold 1: it has splits, not folds"):
+    with pytest.raises(ValueError, match="no split 'train' of --fold 1: it has splits eval, train, val"):
         dataset.FbankDataset(here, "train", fold=1)
 
 

@@ -197,7 +197,7 @@ def start(folder, *flags):
 
 def test_an_error_of_all_ranks_is_an_error(multi, tmp_path):
     found = in_ranks(*start(multi, "--fold", 7, "--out", tmp_path / "x"))
-    assert any(code == 1 and "error: " in output and "has no fold 7" in output for code, output in found), found
+    assert any(code == 1 and "error: " in output and "of --fold 7: it has" in output for code, output in found), found
     assert all(code for code, _ in found)
 
 
