@@ -733,8 +733,6 @@ def main():
         dataset.unlock(root)
     elif a.root is None and source != "demo":
         raise ValueError(f"{source} cannot be downloaded: it needs --root, see --help")
-    elif source != "demo" and not root.exists():
-        raise FileNotFoundError(f"--root {root} does not exist")
     classes, clips = list_clips(root.absolute())
     prepare(out, a.dataset, classes, clips, a.task or task, seconds, a.workers)
 
