@@ -653,10 +653,8 @@ def prepare(out, source, classes, clips, task=None, seconds=10, workers=None):
             notes |= {s: read_json(p) for s in shards if s.exists() and (p := s.with_suffix(".json")).exists()}
             gb = sum(len(own) for s, own in shards.items() if not s.exists()) * n_frames * N_MELS * 2 / 1e9
             names = ", ".join(name for _, name in classes[:5]) + ", ..." * (len(classes) > 5)
-            kind = (
-                f"{len(clips)} clips of {seconds:g} s, {len(classes)} classes ({names}), {facts['task']}, {gb:.1f} GB"
-            )
-            print(f"{source}: {kind}; {workers} workers -> {out}")
+            kind = f"{len(classes)} classes ({names}), {facts['task']}, {gb:.1f} GB; {workers} workers -> {out}"
+            print(f"{source}: {len(clips)} clips of {seconds:g} s, {kind}")
             if gb > (free := shutil.disk_usage(out).free / 1e9):
                 raise OSError(f"{out} has {free:.1f} GB free, its shards need {gb:.1f}: give --out on a larger disk")
             make_shards(shards, notes, n_frames, seconds, workers)
