@@ -258,7 +258,7 @@ def audioset(root):
                 if row[0] in clips:
                     raise ValueError(f"{path} line {line}: '{row[0]}' is listed already")
                 clips[row[0]] = Clip(row[0], None, split, "", sorted(labels))
-    for path, member in audio_below(root):
+    for path, member in tqdm(audio_below(root), desc=f"listing {root}", unit="file"):
         stem = os.path.splitext(os.path.basename(path))[0]
         stems = [stem, re.sub(r"_[\d.]+$", "", stem), re.sub(r"_[\d.]+[_-][\d.]+$", "", stem)]
         clip = next((clips[k] for n in stems for k in (n, n.removeprefix("Y")) if k in clips), None)
@@ -279,32 +279,31 @@ def files_below(folder, endings=AUDIO):
 
 
 def audio_below(root):
-    """Yield (path, None) of each audio file below root, (tar/name, (tar, first byte, bytes)) of each in a tar archive there.
+    """Yield (path, None) of each audio file below root, (tar/name, (tar, first byte, bytes)) of each in a tar archive there."""
+    for path in files_below(root, (*AUDIO, ".tar")):
+        yield from tar_members(path) if path.lower().endswith(".tar") else [(path, None)]
 
-    Archives are listed from their headers. Of one that was cut short the whole files are used, and that is printed.
-    """
-    yield from ((path, None) for path in sorted(files_below(root)))
-    tars = sorted(files_below(root, ".tar"))
-    with tqdm(desc=f"listing {len(tars)} tar files", unit="file", disable=not tars) as bar:
-        for path in tars:
-            count, size = 0, os.path.getsize(path)
-            try:
-                with tarfile.open(path, "r:") as tar:
-                    while info := tar.next():
-                        if info.issparse():
-                            raise ValueError(f"{path} holds {info.name} without its zeros: pack it without --sparse")
-                        if info.offset_data + info.size > size:
-                            raise tarfile.ReadError("unexpected end of data")
-                        if info.isreg() and info.name.lower().endswith(AUDIO):
-                            count += 1
-                            yield f"{path}/{info.name}", (path, info.offset_data, info.size)
-                        tar.members.clear()  # or it keeps them all
-                        bar.update()
-                    tar.fileobj.seek(tar.offset)
-                    if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                        raise tarfile.ReadError("a damaged header, or no end mark")
-            except tarfile.TarError as e:
-                print(f"{path} is damaged ({e}): only its first {count} audio files are used; download it again")
+
+def tar_members(path):
+    """Yield (tar/name, (tar, first byte, bytes)) of each audio file in a tar archive, from its headers. Of one that was
+    cut short the whole files are used, and that is printed."""
+    count, size = 0, os.path.getsize(path)
+    try:
+        with tarfile.open(path, "r:") as tar:
+            while info := tar.next():
+                if info.issparse():
+                    raise ValueError(f"{path} holds {info.name} without its zeros: pack it without --sparse")
+                if info.offset_data + info.size > size:
+                    raise tarfile.ReadError("unexpected end of data")
+                if info.isreg() and info.name.lower().endswith(AUDIO):
+                    count += 1
+                    yield f"{path}/{info.name}", (path, info.offset_data, info.size)
+                tar.members.clear()  # or it keeps them all
+            tar.fileobj.seek(tar.offset)
+            if tar.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise tarfile.ReadError("a damaged header, or no end mark")
+    except tarfile.TarError as e:
+        print(f"{path} is damaged ({e}): only its first {count} audio files are used; download it again")
 
 
 def one_form(name):
