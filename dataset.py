@@ -158,11 +158,6 @@ def stop(message):
 CLIP_COLUMNS = ["row", "id", "path", "split", "fold", "labels", "n_frames", "mean", "var"]  # of clips.csv
 
 
-@functools.cache
-def report_edit(path, crc):
-    print(f"{path} was edited after its preparation: the edited table is used")
-
-
 class FbankDataset(torch.utils.data.Dataset):
     """One split ('train', 'val' or 'eval') of a prepared folder; with `fold`, 'train' is the other folds, 'eval' that one.
     None is all its clips.
@@ -184,8 +179,8 @@ class FbankDataset(torch.utils.data.Dataset):
         if (version := self.stats.get("version")) != VERSION:
             raise ValueError(f"{self.root} has format version {version}, not {VERSION}: prepare it again")
         for name, crc in self.stats["tables"].items():
-            if (now := crc32(self.root / name)) != crc:
-                report_edit(self.root / name, now)
+            if crc32(self.root / name) != crc:
+                print(f"{self.root / name} was edited after its preparation: the edited table is used")
         self.source, self.task, self.n_frames = (self.stats[k] for k in ("source", "task", "n_frames"))
         self.listed = self.stats.get("listed", {}).get(split)
         try:
