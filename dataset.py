@@ -49,9 +49,9 @@ def world():
 def atomic_write(path, write):
     """Call write(temporary path), flush it to disk, and rename it to `path`: a file that exists is complete."""
     path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp{path.suffix}")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         write(temporary)
         with open(temporary, "rb") as f:
             os.fsync(f.fileno())
@@ -62,7 +62,8 @@ def atomic_write(path, write):
             raise
         raise OSError(f"{path} could not be written ({why.strerror or why}): free some disk or fix permissions") from e
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():  # unlink would raise on a read-only disk
+            temporary.unlink()
 
 
 def write_json(path, content):
@@ -124,6 +125,8 @@ def terminated(*_):
 
 def command_line(main):
     """Run a script's main(): an error that a user can fix is one sentence on stderr and exit code 1."""
+    if sys.getfilesystemencoding() != "utf-8":  # LC_ALL=C with PYTHONUTF8=0: the names of files are UTF-8 all the same
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     signal.signal(signal.SIGTERM, terminated)
     atexit.register(gc.freeze)  # or the interpreter spends a second or two on collecting all of torch as it ends
     for stream in (sys.stdout, sys.stderr):

@@ -415,7 +415,7 @@ def summary(folder):
     clips = {r["clips"] for r in every}
     what += f" ({'-'.join(map(str, sorted({min(clips), max(clips)})))} clips)"
     text = f"{folder.name}, {what}; in percent, mean ± standard deviation over {over}\n\n" + "\n".join(rows) + "\n"
-    dataset.atomic_write(folder / "summary.md", lambda p: p.write_text(text, encoding="utf-8"))
+    dataset.atomic_write(folder / "summary.md", lambda p: p.write_text(text, "utf-8", "backslashreplace"))
     print(f"{text}\nwrote {folder / 'summary.md'}")
     draw_curves(folder, main)
 

@@ -307,8 +307,8 @@ def tar_members(path):
 
 
 def one_form(name):
-    """A class name as every system writes it: macOS may give an accent as a letter of its own"""
-    return unicodedata.normalize("NFC", name.strip())
+    """A class name as every system writes it, in one line: macOS may give an accent as a letter of its own"""
+    return unicodedata.normalize("NFC", name.strip().replace("\r", " "))
 
 
 def class_folders(root):
@@ -417,7 +417,9 @@ def demo(root):
                 fade = np.minimum(1, np.minimum(np.arange(length), np.arange(length)[::-1]) / 160)
                 x[at : at + length] += demo_sound(rng, DEMO_CLASSES[k], length) * fade * 10 ** rng.uniform(-1.1, -0.5)
             name = f"audio/{split}-{i:03d}.wav"
-            soundfile.write(root / name, x / max(1, np.abs(x).max()), SAMPLE_RATE, subtype="PCM_16")
+            wav = io.BytesIO()  # soundfile's error of a full disk is no OSError
+            soundfile.write(wav, x / max(1, np.abs(x).max()), SAMPLE_RATE, subtype="PCM_16", format="WAV")
+            (root / name).write_bytes(wav.getvalue())
             rows.append([name, ";".join(DEMO_CLASSES[k] for k in kinds), split])
     write_csv(root / "clips.csv", ["path", "labels", "split"], rows)
     return own_table(root / "clips.csv")
@@ -735,6 +737,4 @@ def main():
 
 
 if __name__ == "__main__":
-    if sys.getfilesystemencoding() != "utf-8":  # LC_ALL=C with PYTHONUTF8=0: the names of files are UTF-8 all the same
-        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     dataset.command_line(main)  # where it ends, its workers end too

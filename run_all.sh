@@ -26,7 +26,7 @@ set -euo pipefail
 
 usage() { sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//;p;}' "$0"; exit "$1"; }
 [ $# -eq 1 ] || usage 2
-HERE=$(cd "$(dirname "$0")" && pwd)
+HERE=$(dirname "$(readlink -f "$0")")
 PYTHON=${PYTHON:-$(command -v python || command -v python3 || echo python)}
 case $1 in
   -h | --help) usage 0 ;;
@@ -35,7 +35,7 @@ case $1 in
   *)
     unknown="'$1' is neither demo, esc10, esc50, fsd50k, audioset, audioset-bal nor a folder that prep_data.py finished (no stats.json)"
     [ -f "$1/stats.json" ] || { echo "run_all.sh: $unknown" >&2; exit 2; }
-    DATA=${1%/} NAME=$(basename "$(cd "$1" && pwd)")
+    DATA=${1%/} NAME=$(basename "$(CDPATH= cd "$1" && pwd)")
     ;;
 esac
 case $NAME in
@@ -55,16 +55,17 @@ stage() { # NAME COMMAND...: run a stage, or stop with its name
   wait $child || code=$?
   [ $code -eq 0 ] || { echo "run_all.sh: stage '$name' failed (exit code $code); fix it and run the same command again" >&2; exit $code; }
 }
-stop() { # a pre-emption or Ctrl-C: the stage finishes its step and saves
+stop() { # a pre-emption, Ctrl-C or hang-up: the stage finishes its step and saves
   [ -z "$child" ] || { kill -TERM "$child" 2>/dev/null && wait "$child" || true; }
   echo "run_all.sh: stopped; the same command resumes" >&2
   exit 143
 }
 child=
-trap stop TERM INT
+trap stop TERM INT HUP
 python_n() { # on several GPUs through torchrun; exec, in the shell that a stage is, or a signal would end at that shell
+  trap '' INT HUP # which a terminal sends to all of its processes: `stop` sends TERM
   [ "${GPUS:-1}" -gt 1 ] || exec "$PYTHON" "$@"
-  # of Ctrl-C and, under nohup, of a hang-up, torchrun would tell the workers, which would end unsaved: `stop` sends TERM
+  # of Ctrl-C and, under nohup, of a hang-up, torchrun would tell the workers, which would end unsaved
   exec "$PYTHON" -m torch.distributed.run --standalone --signals-to-handle=SIGTERM --nproc_per_node="$GPUS" "$@"
 }
 run_of() { echo "$EXP/${1//:/-}${2:+-from-${2//:/-}}$tail"; } # MODEL [TEACHERS joined by +]

@@ -155,15 +155,17 @@ def claim(args, data, suffix=""):
         return settings
     args.out.mkdir(parents=True, exist_ok=True)
     dataset.lock(args.out)
-    if (args.out / "args.json").exists():
-        old = dataset.read_json(args.out / "args.json", "keep_epochs")
+    path = args.out / "args.json"
+    old = dataset.read_json(path, "keep_epochs") if path.exists() else {}
+    if old:
         other = sorted(k for k in settings.keys() - SAME_WEIGHTS if differs(old, k, settings[k], args.given))
         other += ["teacher"] * ("teacher" in old and "teacher" not in settings)  # was distilled, and now it is not
         if other and {p.name for p in args.out.glob("*.pt")} - {"ep-00.pt"}:  # else it ended before it had trained
             changes = ", ".join(f"{k} {old.get(k)} -> {settings.get(k)}" for k in other)
             raise ValueError(f"{args.out} is a run with other settings ({changes}): give another --out, or remove it")
         settings["keep_epochs"] |= old["keep_epochs"]
-    dataset.write_json(args.out / "args.json", settings)
+    if settings != old:  # a finished run is skipped on a full or read-only disk too
+        dataset.write_json(path, settings)
     print(" ".join(f"{k}={v}" for k, v in settings.items()))
     return settings
 
@@ -237,9 +239,10 @@ def check_disk(run):
     # besides the epochs: ep-00, best, wa, and last, which holds Adam's state too and is written beside itself
     need = (run.args.epochs + 9) * sum(v.nbytes for v in run.model.state_dict().values())
     need -= sum(p.stat().st_size for p in out.glob("*.pt"))  # of a run that resumes
-    print(f"checkpoints will take up to {need / 2**30:.2f} GiB in {out} ({free / 2**30:.0f} GiB free)")
+    need, free = need / 2**30, free / 2**30
+    print(f"checkpoints will take up to {need:.2f} GiB in {out} ({free:.0f} GiB free)")
     if need > free:
-        raise ValueError(f"{out} has {free / 2**30:.2f} GiB free, the checkpoints need {need / 2**30:.2f}: give --out")
+        raise ValueError(f"{out} has {free:.2f} GiB free, the checkpoints need {need:.2f}: free some, or give --out")
 
 
 def decay_factor(args, epoch, history):
@@ -262,7 +265,10 @@ def truth_loss(logits, y, task):
 def record(run, log, step, terms):
     """Write a step's terms and the norm of its gradient into its row of the log; nothing waits for the device."""
     norm = torch.nn.utils.get_total_norm([p.grad for p in run.model.parameters() if p.grad is not None])
-    log[step, : len(terms) + 1] = torch.stack([*terms.values(), norm]).detach()
+    row = torch.stack([*terms.values(), norm]).detach()
+    if dataset.world() > 1:  # here, not when the epoch ends: one that was interrupted resumes with rank 0's log
+        torch.distributed.all_reduce(row)
+    log[step, : len(row)] = row / dataset.world()
     run.names = [*terms, "grad_norm"]
 
 
@@ -296,15 +302,14 @@ def save_last(run, log):
 
 def finish_epoch(run, log, began, clips):
     """Validate, log, and save ep-NN.pt, best.pt and last.pt, in the order in which a kill at any moment loses nothing."""
-    losses = torch.tensor([*means(run, log).values()], device=run.device)
+    losses = means(run, log)
     seconds = time.monotonic() - began  # means waited for the last step
     if dataset.world() > 1:
-        torch.distributed.all_reduce(losses)
         for buffer in run.model.buffers():  # on CPUs each rank's batch norms saw its own clips; rank 0's are saved
             torch.distributed.broadcast(buffer, 0)
     args, out, epoch, best, val = run.args, run.args.out, len(run.history) + 1, True, ""
     entry = {"epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"]}
-    entry |= dict(zip(run.names, (losses / dataset.world()).tolist())) | {"seconds": round(seconds, 2)}
+    entry |= losses | {"seconds": round(seconds, 2)}
     entry |= {"clips_per_second": round(clips / seconds, 2), "peak_gib": peak_gib(run.device)}
     if run.val is not None:
         how, main = {"precision": args.precision, "label": "validation"}, evaluate.MAIN_SCORE[run.val.task]

@@ -335,6 +335,7 @@ def test_a_link_to_a_folder_that_holds_it_is_not_followed(tmp_path):
 
 def test_one_name_in_two_unicode_forms_is_one_class(tmp_path):
     forms = "Be\u0301cassine", "B\u00e9cassine"
+    assert prep_data.one_form(" a\rb ") == "a b"  # Python's csv would not quote it
     table = write(tmp_path / "t.csv", "path,labels,Fold", f"a.wav,{forms[0]},1", f"b.wav,{forms[1]},2")
     classes, clips = prep_data.own_table(table)
     assert classes == [("", forms[1])] and [(c.labels, c.fold) for c in clips] == [([0], 1), ([0], 2)]
@@ -927,6 +928,15 @@ def test_dataset_refuses_what_is_not_there(small, small_shards, tmp_path):
     (tmp_path / "holes" / "stats.json").write_text(json.dumps(stats | {"version": 99}))
     with pytest.raises(ValueError, match="version 99"):
         dataset.FbankDataset(tmp_path / "holes", "train", fold=1)
+
+
+def test_a_full_disk_is_one_sentence_for_the_demo_too(tmp_path):
+    (tmp_path / "demo-audio" / "audio").mkdir(parents=True)
+    (tmp_path / "demo-audio" / "audio" / "train-007.wav").symlink_to("/dev/full")
+    output = inside("prep_data.py", "demo", "--out", tmp_path / "demo")
+    assert output.startswith("error: [Errno 28]") and output.strip().endswith(
+        "free some disk, the same command resumes"
+    )
 
 
 def test_demo_is_deterministic_and_as_described(tmp_path, monkeypatch):

@@ -293,3 +293,5 @@ def test_sigterm_saves_the_step_and_the_ranks_resume_to_the_same_weights(multi, 
     assert [code for code, _ in found] == [0, 0] and "epoch 2, step 2" in found[0][1], found
     a, b = (weights(tmp_path / k / "last.pt") for k in ("whole", "cut"))
     assert all(torch.equal(a[k], b[k]) for k in a)
+    a, b = ([epoch["loss"] for epoch in log(tmp_path / k)] for k in ("whole", "cut"))
+    assert b == pytest.approx(a)  # of both ranks, in the epoch that was interrupted too

@@ -47,12 +47,12 @@ def run_all(tmp_path):
     (tmp_path / "python").write_text(STAND_IN)
     (tmp_path / "python").chmod(0o755)
 
-    def run(*args, **knobs):
+    def run(*args, script=ROOT / "run_all.sh", **knobs):
         log = tmp_path / "log"
         log.unlink(missing_ok=True)
         env = {k: v for k, v in os.environ.items() if k not in KNOBS}
         env |= {"PYTHON": str(tmp_path / "python"), "LOG": str(log), **knobs}
-        line = ["bash", ROOT / "run_all.sh", *args]
+        line = ["bash", script, *args]
         done = subprocess.run(line, check=False, capture_output=True, text=True, cwd=tmp_path, env=env)
         lines = log.read_text().splitlines() if log.exists() else []
         return done, [line.replace(f"{ROOT}/", "").split("\t") for line in lines]
@@ -250,6 +250,15 @@ def test_audioset_bal_shares_the_prepared_folder(run_all):
     )
 
 
+def test_through_a_link_and_with_cdpath(run_all, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "stats.json").write_text("{}")
+    (tmp_path / "link.sh").symlink_to(ROOT / "run_all.sh")
+    done, calls = run_all("data", script=tmp_path / "link.sh", CDPATH=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert calls[0][0] == "train_teacher.py" and runs(calls)[0][0] == "exp/data/efficientnet-b2-s0"
+
+
 def test_a_prepared_folder(run_all, tmp_path):
     (tmp_path / "my data").mkdir()
     (tmp_path / "my data" / "stats.json").write_text("{}")
@@ -293,8 +302,9 @@ def test_no_python_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("stage", ["prepare", "train"])
-@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_to_the_script_reaches_the_stage(tmp_path, sent, stage):
+    """Of a training also one to all of its processes, as a terminal sends it: Python must not end before it has saved."""
     if stage == "train":
         (tmp_path / "data" / "demo").mkdir(parents=True)
         (tmp_path / "data" / "demo" / "stats.json").touch()
@@ -305,12 +315,12 @@ while true; do sleep 0.05; done
 """
     (tmp_path / "python").write_text(stand_in)
     (tmp_path / "python").chmod(0o755)
-    # a process started in the background ignores SIGINT, and a script below it could not trap it
-    line = ["env", "--default-signal=INT", "bash", ROOT / "run_all.sh", "demo"]
+    # a process started in the background may ignore them, and a script below it could not trap them
+    line = ["env", "--default-signal=INT,HUP", "bash", ROOT / "run_all.sh", "demo"]
     env = os.environ | {"PYTHON": str(tmp_path / "python")}
-    run = subprocess.Popen(line, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True)
+    run = subprocess.Popen(line, cwd=tmp_path, env=env, stderr=subprocess.PIPE, text=True, start_new_session=True)
     while not (tmp_path / "started").exists():
         time.sleep(0.02)
-    run.send_signal(sent)
+    (os.killpg if stage == "train" else os.kill)(run.pid, sent)
     _, errors = run.communicate(timeout=20)
     assert run.returncode == 143 and (tmp_path / "saved").exists() and "the same command resumes" in errors

@@ -256,18 +256,19 @@ NAMES = ["Dog, barking", 'the "cat"', "two\nlines", "Träne – 犬", "plain"]
 
 def test_class_names_of_every_kind_under_a_locale_that_is_not_utf8(tmp_path):
     root = write_prepared(tmp_path / "data", {"train": 9, "eval": 9}, True, classes=NAMES, labels=lambda rng: [3, 1])
-    path = checkpoint(tmp_path / "exp" / "run-s0" / "best.pt", root, name=TIMM_CNN)
+    exp = tmp_path / os.fsdecode(b"exp\xe9")  # nor is it UTF-8
+    path = checkpoint(exp / "run-s0" / "best.pt", root, name=TIMM_CNN)
     code = "import sys; sys.path.insert(0, sys.argv[1]); import models, evaluate; ckpt, exp = sys.argv[2:]\n"
     code += "for a in (['--ckpt', ckpt], ['--summary', exp]): sys.argv = ['', *a]; models.command_line(evaluate.main)"
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     env = {k: v for k, v in env.items() if k not in ("PYTHONIOENCODING", "LANG", "LC_CTYPE")}
-    line = [sys.executable, "-c", code, str(ROOT), str(path), str(tmp_path / "exp")]
+    line = [sys.executable, "-c", code, str(ROOT), str(path), str(exp)]
     done = subprocess.run(line, check=False, capture_output=True, env=env)
     assert done.returncode == 0, done.stderr.decode()
     with open(path.with_name("per_class-best-eval.csv"), newline="", encoding="utf-8") as f:
         rows = list(csv.DictReader(f))
     assert [r["class"] for r in rows] == NAMES and [r["positives"] for r in rows] == ["0", "9", "0", "9", "0"]
-    assert written(path.parent)["clips"] == 9 and "run" in (tmp_path / "exp" / "summary.md").read_text(encoding="utf-8")
+    assert written(path.parent)["clips"] == 9 and "run" in (exp / "summary.md").read_text(encoding="utf-8")
 
 
 def test_data_that_nobody_may_write_to(multi):

@@ -222,6 +222,10 @@ def test_flags_that_do_not_fit(tmp_path):
         ((*tags, "--plot", tmp_path / "out"), "must end in .png"),
         ((*tags, "--json", tmp_path / "x.wav"), "would overwrite a file of --audio"),
         ((*tags, "--embed", tmp_path / "x.wav" / "z.npy"), f"'{tmp_path / 'x.wav'}'"),  # before the work
+        (
+            (*tags[:2], "--export", tmp_path / "x.wav" / "x.onnx"),
+            "x.onnx could not be written (File exists): free some",
+        ),
         (("--ckpt", tmp_path / "a.pt", "--json", tmp_path / "o"), "--json: give --ckpt and --audio too"),
         (("--summary", tmp_path, "--audio", tmp_path), "give --ckpt too"),
         (("--ckpt", tmp_path / "a.pt"), "give --data"),
