@@ -203,7 +203,7 @@ class FbankDataset(torch.utils.data.Dataset):
             with open(path, newline="", encoding="utf-8-sig") as f:
                 lines = csv.reader(f)
                 in_order = operator.itemgetter(*map(next(lines).index, CLIP_COLUMNS))
-                for row, id_, _, split_, fold_, labels, n, mean, var in map(in_order, lines):
+                for row, id_, _, split_, fold_, labels, n, mean, var in map(in_order, filter(None, lines)):
                     folds.add(fold_)
                     splits.add(split_)
                     in_split = f"{split_}-".startswith(f"{split}-")  # 'train' is also train-balanced, -unbalanced
