@@ -14,14 +14,15 @@ def test_readmes_table_is_recomputed_from_the_logs():
 
 
 def test_the_logs_are_of_whole_runs_with_the_settings_that_the_script_has():
-    paths = [sorted(folder.glob("*-s0/args.json")) for folder in (real_audio.RESULTS, real_audio.RESULTS / "float32")]
+    paths = [sorted(folder.glob("*-s?/args.json")) for folder in (real_audio.RESULTS, real_audio.RESULTS / "float32")]
     again = len(real_audio.AGAIN) + (len(real_audio.FOLDS) - 1) * len(real_audio.ON_ALL_FOLDS)
+    again += 2 * len(real_audio.SEEDED)
     assert [*map(len, paths)] == [len(real_audio.RUNS) * len(real_audio.FOLDS), again]
     for path in itertools.chain(*paths):
         args, log = json.loads(path.read_text()), (path.parent / "log.jsonl").read_text().splitlines()
-        name, fold = re.fullmatch(r"(.*)-fold(\d)-s0", path.parent.name).groups()
+        name, fold, seed = re.fullmatch(r"(.*)-fold(\d)-s(\d)", path.parent.name).groups()
         flags, teacher = (real_audio.AGAIN if path.parents[1].name == "float32" else real_audio.RUNS)[name]
-        assert (len(log), args["fold"], args["seed"]) == (args["epochs"], int(fold), 0)
+        assert (len(log), args["fold"], args["seed"]) == (args["epochs"], int(fold), int(seed))
         metrics = json.loads((path.parent / "metrics-last-eval.json").read_text())
         assert (metrics["clips"], metrics["fold"], metrics["epoch"]) == (400, int(fold), args["epochs"])
         assert [t.split("/")[-2] for t in args.get("teacher", [])] == ([f"{teacher}-fold{fold}-s0"] if teacher else [])
