@@ -54,15 +54,15 @@ def parse(items):
     return found
 
 
-def labels_of(items, pool=True):
-    """The labels of what `parse` found: by default the run's name, to `pool` without fold and seed; with the folders before
+def labels_of(items, by_setting=True):
+    """The labels of what `parse` found: by default the run's name, `by_setting` without fold and seed; with the folders before
     it that differ, and with the checkpoint's name where one run has several here."""
     runs = [os.path.abspath(path.parent) for _, path in items]
     several = len(set(runs)) < len({path for _, path in items})
     common, labels = os.path.commonpath([os.path.dirname(run) for run in runs]), []
     for (label, path), run in zip(items, runs):
         name = os.path.relpath(run, common)
-        labels.append(label or (evaluate.setting(name) if pool else name) + f" {path.stem}" * several)
+        labels.append(label or (evaluate.setting(name) if by_setting else name) + f" {path.stem}" * several)
     return labels
 
 
@@ -240,7 +240,7 @@ def similarity(args, device):
         if (data.classes, data.task, data.ids) != (first.classes, first.task, first.ids):
             raise ValueError(f"{path} and {items[0][1]} differ in classes or clips: give one data set's and fold's")
         p, z = predict_with_features(model, meta, data, device, str(path))
-        if not (p.std(1).all() and z.std(0).any()):  # of one class, or of a dead model
+        if not (np.ptp(p, 1).all() and np.ptp(z, 0).any()):  # of one class, or of a dead model
             raise ValueError(f"{path} predicts the same for all classes or all clips: that correlates with nothing")
         found.append((p, leading(z)))
         known.append([os.path.realpath(t) for t in meta["args"].get("teacher", [])])
@@ -249,7 +249,7 @@ def similarity(args, device):
         "correlation": np.array([[correlation(p, q) for q, _ in found] for p, _ in found]),
         "svcca": np.array([[svcca(u, v) for _, v in found] for _, u in found]),
     }
-    names = labels_of(items, pool=False)
+    names = labels_of(items, by_setting=False)
     for key, matrix in matrices.items():
         lines = [[f"{i} {name}", *(f"{v:.3f}" for v in row)] for i, (name, row) in enumerate(zip(names, matrix), 1)]
         print_table([key, *range(1, len(names) + 1)], lines)

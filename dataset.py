@@ -177,7 +177,7 @@ class FbankDataset(torch.utils.data.Dataset):
         self.root, self.split, self.fold, self.cache = pathlib.Path(root), split, fold, None
         if not (self.root / "stats.json").is_file():
             what = "is not complete (interrupted?)" if any(self.root.glob("fbank-*")) else "is not a prepared folder"
-            raise FileNotFoundError(f"{self.root} {what}: run prep_data.py with --out {self.root}, or correct --data")
+            raise FileNotFoundError(f"{self.root} {what}: run prep_data.py with --out {self.root}, or name another")
         self.stats = read_json(self.root / "stats.json", "source", "task", "n_frames", "sample_rate", "crc32", "tables")
         if (version := self.stats.get("version")) != VERSION:
             raise ValueError(f"{self.root} has format version {version}, not {VERSION}: prepare it again")
@@ -209,8 +209,10 @@ class FbankDataset(torch.utils.data.Dataset):
                     in_split = f"{split_}-".startswith(f"{split}-")  # 'train' is also train-balanced, -unbalanced
                     if split is None or (in_split if fold is None else (fold_ == str(fold)) == (split == "eval")):
                         own, n = [int(k) for k in labels.split(";")] if labels else [], int(n)
-                        if any(not 0 <= k < C for k in own) or (single and len(own) != 1) or not 1 <= n <= T:
-                            raise ValueError(f"labels {own} of {C} classes, {self.task}, {n} of {T} frames")
+                        if any(not 0 <= k < C for k in own) or (single and len(own) != 1):
+                            raise ValueError(f"labels {own} of {C} classes, {self.task}")
+                        if not 1 <= n <= T:
+                            raise ValueError(f"{n} of {T} frames")
                         for column, value in zip(columns, (int(row), id_, own, n, float(mean), float(var))):
                             column.append(value)
         except (ValueError, IndexError, StopIteration, csv.Error) as e:
@@ -221,7 +223,7 @@ class FbankDataset(torch.utils.data.Dataset):
             wanted = f"split '{split}'" + (f" of --fold {fold}" if fold is not None else "")
             by_fold = f"train and eval of --fold {', '.join(folds)} (run_all.sh: FOLDS='{' '.join(folds)}')"
             has = [f"splits {', '.join(splits)}"] * bool(splits) + [by_fold] * bool(folds)
-            raise ValueError(f"{self.root} has no {wanted}: it has {'; '.join(has)}")
+            raise ValueError(f"{self.root} has no {wanted}: it has {'; '.join(has) or 'no clips'}")
         self.splits, self.has_val, self.ids = splits, fold is None and "val" in splits, tuple(ids)
         self.rows, self.frames = np.array(rows), np.array(frames)  # (n,): place in the shards, own frame count
         mean, var, share = np.array(mean), np.array(var), self.frames / self.frames.sum()

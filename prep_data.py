@@ -186,7 +186,7 @@ def load_audio(path, seconds, member=None):
 def read_rows(path, **dialect):
     """Yield (line number, cells) of a table in UTF-8; between its cells ',' or, as Excel has it in many countries, ';'."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing: is --root the right folder?")
+        raise FileNotFoundError(f"{path} is missing: is --root right?")
     with open(path, newline="", encoding="utf-8-sig") as f:
         try:
             delimiter = max(",;\t", key=f.readline().count)
@@ -537,7 +537,7 @@ def download(source, root):
 def check_clips(source, clips, task):
     """The task of a list of clips, given or found; ValueError for a list that cannot be trained on and scored."""
     if not clips:
-        raise ValueError(f"{source}: no clips, the tables are empty or no audio was found (of archives, in plain .tar)")
+        raise ValueError(f"{source}: no clips, the tables are empty or no audio was found")
     path, times = collections.Counter(os.path.normpath(c.path) for c in clips).most_common(1)[0]
     if times > 1:
         raise ValueError(f"{source}: clip '{path}' is listed {times} times: give it one line, its labels joined by ';'")
@@ -677,7 +677,7 @@ def write_tables(out, facts, classes, clips, missing, notes):
         first = f"{skipped[0][1]}: {skipped[0][2]}; {out / 'skipped.csv'} names all"
         what = f"{len(skipped)} of {len(clips)} clips could not be read, the first: {first}"
         if len(skipped) > 0.05 * len(clips):
-            raise ValueError(f"{what}. The rest is kept: fix these or convert them to WAV, then run it again")
+            raise ValueError(f"{what}. The rest is kept: fix or convert them, and the same command reads them again")
         print(what)
     check_clips(facts["source"], [c for _, c in kept], facts["task"])  # is a whole split unreadable?
     rows = ([row, *c[:4], ";".join(map(str, c.labels)), *found[row]] for row, c in kept)

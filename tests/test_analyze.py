@@ -395,7 +395,7 @@ def test_labels_without_seed_and_fold_unless_they_are_given(tmp_path):
     labels = lambda *items, **options: analyze.labels_of(analyze.parse([str(i) for i in items]), **options)
     one, two, three = (tmp_path / name for name in names)
     assert labels(one, two.parent, f"mine={three}") == ["cnn", "cnn", "mine"]
-    assert labels(one, two, pool=False) == ["cnn-fold1-s0", "cnn-fold2-s10"]
+    assert labels(one, two, by_setting=False) == ["cnn-fold1-s0", "cnn-fold2-s10"]
     assert labels(one, tmp_path / "b/cnn-s0") == ["a/cnn", "b/cnn"]
     assert labels(three, three.parent / "wa.pt") == ["x best", "x wa"]
     assert labels(tmp_path / "a/with=sign") == ["with=sign"]
@@ -420,8 +420,8 @@ def test_errors_are_one_sentence(runs, folds, tmp_path):
         assert f"{tmp_path / what} is neither a checkpoint nor a run's folder" in fails(verb, tmp_path / what)
     assert "one of these is given twice" in fails("curves", f"a={cnn}", f"b={cnn}")
     dead = tmp_path / "dead" / "best.pt"
-    for v in model.head.parameters():
-        nn.init.zeros_(v)
+    nn.init.zeros_(model.head.weight)
+    nn.init.constant_(model.head.bias, 0.3)
     models.save_checkpoint(dead, model, **meta | {"data": str(folds), "args": meta["args"] | {"fold": 1}})
     assert f"{dead} predicts the same for all classes" in fails("similarity", dead, other)
     assert "none of these checkpoints has a teacher" in fails("teachers", cnn)

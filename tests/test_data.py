@@ -61,12 +61,11 @@ def test_a_table_that_somebody_cut_is_used_and_printed(multi, tmp_path, capsys):
 @pytest.mark.parametrize(
     "column, value, words",
     [
-        *(
-            ("labels", "7", r"line 5 .*labels \[7\] of 3 classes"),
-            ("labels", "x", "line 5 .*'x'"),
-            ("labels", "-2", r"\[-2\]"),
-        ),
-        *(("n_frames", "31", "line 5 .*31 of 30 frames"), ("row", "74", "row 74")),
+        ("labels", "7", r"line 5 .*labels \[7\] of 3 classes"),
+        ("labels", "x", "line 5 .*'x'"),
+        ("labels", "-2", r"\[-2\]"),
+        ("n_frames", "31", "line 5 .*31 of 30 frames"),
+        ("row", "74", "row 74"),
     ],
 )
 def test_an_edit_that_cannot_be_is_one_sentence(multi, tmp_path, column, value, words):

@@ -422,7 +422,7 @@ def test_user_errors_are_one_line(tmp_path, monkeypatch, capsys):
     nowhere = tmp_path / "nowhere"
     monkeypatch.setattr(sys, "argv", ["prep_data.py", "esc50", "--root", str(nowhere), "--out", str(tmp_path / "out")])
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    with pytest.raises(SystemExit, match=f"error: {nowhere}/meta/esc50.csv is missing: is --root the right folder"):
+    with pytest.raises(SystemExit, match=f"error: {nowhere}/meta/esc50.csv is missing: is --root right"):
         runpy.run_path(str(ROOT / "prep_data.py"), run_name="__main__")
     for args, says in (
         (["fsd50k", "--root", tmp_path], r"vocabulary\.csv is missing.*--root"),

@@ -449,11 +449,9 @@ def test_a_finished_run_stays_finished(teacher, multi, tmp_path, monkeypatch):
     before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.suffix != ".json"}
     code, output = forked("train_teacher.py", "--data", "data", *flags)
     assert code == 0 and f"{tmp_path / 'run'} is trained already (2 epochs)" in output
-    with (
-        monkeypatch.context() as patch
-    ):  # no model is built, no weights to start it from are fetched, nothing is written
-        patch.delattr(models, "build_model")
-        patch.delattr(dataset, "atomic_write")
+    with monkeypatch.context() as patch:
+        patch.delattr(models, "build_model")  # so no weights to start it from are fetched
+        patch.delattr(dataset, "atomic_write")  # nor is anything written
         assert "trained already" in inside("train_teacher.py", "--data", "data", *flags)
     (tmp_path / "link").symlink_to(tmp_path / "data")
     more = ["--keep-epochs", "--cache", "device", "--no-compile", "--device", "cpu"]
