@@ -392,7 +392,7 @@ def summary(folder):
     settings = read_results(folder)
     order = sorted(settings, key=lambda g: (len(next(iter(settings[g].values()))[0]["teachers"]) > 0, g))
     every = [r for g in order for found in settings[g].values() for r in found]
-    main = MAIN_SCORE[every[0]["task"]]
+    main = MAIN_SCORE.get(every[0]["task"], "mAP")
     other = "mAUC" if main == "mAP" else "mAP"
     titles, found = {"best": "best", "wa": "averaged", "ensemble": "ensemble"}, set().union(*settings.values())
     ckpts = [c for c in titles if c in found] + sorted(found - titles.keys())  # those without a title: last, ep-05, ...
