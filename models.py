@@ -572,7 +572,7 @@ def fold_norms(model):
 
 
 def wrap(model, args, device, trains=True):
-    """The model as it runs: channels_last for a CNN, torch.compile on CUDA; one that trains under torchrun is in DDP, with
+    """The model as it runs: channels_last for a CNN, --compile on CUDA; one that trains under torchrun is in DDP, with
     SyncBatchNorm on GPUs, which would cut a compiled graph at every norm. A frozen teacher (trains=False) has its batch norms
     folded into its convolutions, in place."""
     if not trains:
@@ -583,7 +583,7 @@ def wrap(model, args, device, trains=True):
     if not isinstance(model, AST):
         model.to(memory_format=torch.channels_last)
     synced = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
-    if device.type == "cuda" and not args.no_compile and not synced:
+    if device.type == "cuda" and args.compile and not synced:
         model.compile(dynamic=False)
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if trains and world() > 1 else model
 

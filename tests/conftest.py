@@ -17,7 +17,7 @@ import pytest
 import soundfile
 
 os.environ["OMP_NUM_THREADS"] = "1"  # as fast at these sizes, and many times faster where something else runs
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests are of the CPU, and they fork: a GPU that is there is not used
+os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("TEST_GPU", "")  # tests of the CPU fork: they do not see a GPU
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import timm

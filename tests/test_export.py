@@ -150,7 +150,7 @@ def test_a_foreign_folder_is_scored_tags_and_teaches(foreign, tmp_path):
     assert (tmp_path / "exp" / "ensemble-a+b" / "metrics-model-eval.json").exists()
     soundfile.write(tmp_path / "x.wav", sound(1), 16000)
     assert "noise" in inside("evaluate.py", "--ckpt", folder, "--audio", tmp_path / "x.wav")
-    args = types.SimpleNamespace(teacher=[str(folder)], fold=None, no_compile=True)
+    args = types.SimpleNamespace(teacher=[str(folder)], fold=None, compile=False)
     ((teacher, scale, offset),), (meta,) = distill.load_teachers(args, data, torch.device("cpu"))
     assert meta["model"]["name"] == "ast-tiny" and scale == pytest.approx(data.std / 3)
     x = (torch.randn(2, data.n_frames, 128) - data.mean) / (2 * data.std)

@@ -18,6 +18,9 @@ import train_teacher
 GPU = torch.device("cuda", 0)
 NAMES = [AST, CNN, HYBRID]
 pytestmark = pytest.mark.usefixtures("toy")
+torch.zeros(
+    (), requires_grad=True
+).backward()  # the first one starts autograd's threads: here none, and the tests can fork
 
 
 def settings(data, name, *flags):
@@ -127,7 +130,11 @@ def test_clips_live_on_the_gpu_where_they_fit(multi, gpu, monkeypatch, capsys, f
 @pytest.mark.parametrize("name", NAMES)
 def test_one_graph_for_training_and_one_for_scoring(multi, name, monkeypatch):
     data = dataset.FbankDataset(multi, "train")
-    model, plain, args = models.build_model(name, 3, data.n_frames), torch.nn.Module.compile, settings(data, name)
+    model, plain, args = (
+        models.build_model(name, 3, data.n_frames),
+        torch.nn.Module.compile,
+        settings(data, name, "--compile"),
+    )
     monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **k: plain(m, fullgraph=True, backend="eager", **k))
     torch._dynamo.reset()
     counters.clear()
@@ -145,8 +152,10 @@ def test_one_graph_for_training_and_one_for_scoring(multi, name, monkeypatch):
     with torch.no_grad():  # its norms are folded first
         models.wrap(teacher, args, GPU, trains=False)(torch.randn(4, data.n_frames, 128))
     assert counters["stats"]["unique_graphs"] == 3
-    other = models.build_model(name, 3, data.n_frames)
-    assert models.wrap(other, settings(data, name, "--no-compile"), GPU)._compiled_call_impl is None
+    for flags in ["--no-compile"], ["--epochs", "2083"]:  # of 48 clips: compiling would not pay
+        other = models.build_model(name, 3, data.n_frames)
+        assert models.wrap(other, settings(data, name, *flags), GPU)._compiled_call_impl is None
+    assert settings(data, name, "--epochs", "2084").compile
 
 
 @pytest.mark.slow
@@ -154,13 +163,13 @@ def test_one_graph_for_training_and_one_for_scoring(multi, name, monkeypatch):
 def test_compiled_models_compute_the_same(multi, name, monkeypatch):
     monkeypatch.setattr(models, "STOCHASTIC_DEPTH", 0.0)  # a compiled model draws other numbers
     data, found = dataset.FbankDataset(multi, "train"), []
-    for flags in (["--no-compile"], []):
+    for flags in (["--no-compile"], ["--compile"]):
         torch.manual_seed(0)
         model = models.build_model(name, 3, data.n_frames).double().train()
         torch.manual_seed(1)
         z = models.wrap(model, settings(data, name, *flags), GPU)(torch.randn(4, data.n_frames, 128).double())
         z.square().sum().backward()
-        assert (model._compiled_call_impl is None) == bool(flags)
+        assert (model._compiled_call_impl is None) == (flags == ["--no-compile"])
         found.append([z.detach(), *(p.grad for p in model.parameters()), *model.buffers()])
     for a, b in zip(*found):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
@@ -174,6 +183,7 @@ def test_synchronised_norms_keep_timms_activations(multi, name, monkeypatch):
         before, names, args = model(x), list(model.state_dict()), settings(data, name)
         monkeypatch.setattr(models, "world", lambda: 2)
         monkeypatch.setattr(models, "DistributedDataParallel", lambda m, **_: m)
+        args.compile = True
         after = models.wrap(model, args, GPU)
         assert after is model and list(after.state_dict()) == names
         torch.testing.assert_close(after(x), before, rtol=1e-4, atol=1e-5)

@@ -500,7 +500,7 @@ def test_a_frozen_teacher_computes_the_same_without_its_norms(name, left):
     """Batch norms are folded into convolutions, but for DenseNet's that come before one. --teacher-precision: float32 logits."""
     model, x = randomised(models.build_model(name, 3, n_frames=64, kd_head=True)).double(), spectrograms(2, 64)
     norms = lambda m: sum(isinstance(k, nn.BatchNorm2d) for k in m.modules())
-    args, whole, before = argparse.Namespace(no_compile=False), norms(model), model(x.double(), both=True)
+    args, whole, before = argparse.Namespace(compile=True), norms(model), model(x.double(), both=True)
     assert norms(models.wrap(model, args, CPU)) == whole  # that one trains
     teacher = models.wrap(model, args, CPU, trains=False)
     assert norms(teacher) == left <= whole and not teacher.training
