@@ -9,6 +9,7 @@ from conftest import AST, CNN, HYBRID
 from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+import analyze
 import dataset
 import distill
 import evaluate
@@ -115,6 +116,31 @@ def test_predictions_on_the_gpu_have_one_shape(multi, gpu, monkeypatch):
     with pytest.raises(ConnectionAbortedError):
         evaluate.predict(model, data, GPU, data.mean, data.std, batch_size=5)
     assert shapes == [((5, data.n_frames, 128), GPU)] * 3
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_analyses_stay_on_the_gpu(multi, gpu, name, monkeypatch):
+    data, fetched = opened(multi, "eval", gpu, monkeypatch), []
+    model, meta = moved(built(data, name)).eval(), {"mean": data.mean, "std": data.std}
+
+    def fetch(found):
+        fetched.append(found.device)
+        with unset_fake_temporarily():
+            return torch.zeros(found.shape)
+
+    def truth(*args, of=dataset.targets):  # is of the host
+        with unset_fake_temporarily():
+            return of(*args)
+
+    monkeypatch.setattr(torch.Tensor, "cpu", fetch)
+    monkeypatch.setattr(dataset, "targets", truth)
+    for kind, ((level, *_), _) in analyze.LEVELS.items():
+        disturb = analyze.disturbance(kind, level, 0, data, GPU)
+        assert evaluate.predict(model, data, GPU, data.mean, data.std, disturb=disturb)[0].shape == (14, 3)
+    assert analyze.predict_with_features(model, meta, data, GPU, "")[1].shape == (14, 64)
+    if name == AST:
+        assert analyze.attention_distance(model, meta, data, GPU, "").shape == (2, 2)
+    assert set(fetched) == {GPU}
 
 
 @pytest.mark.parametrize("free, flag, place", [(1e9, [], "cuda"), (5e5, [], None), (5e5, ["--cache", "device"], "cuda"), (1e9, ["--cache", "disk"], None)])  # fmt: skip
