@@ -224,6 +224,8 @@ class FbankDataset(torch.utils.data.Dataset):
             by_fold = f"train and eval of --fold {', '.join(folds)} (run_all.sh: FOLDS='{' '.join(folds)}')"
             has = [f"splits {', '.join(splits)}"] * bool(splits) + [by_fold] * bool(folds)
             raise ValueError(f"{self.root} has no {wanted}: it has {'; '.join(has) or 'no clips'}")
+        for odd in (s for s in splits if s.split("-")[0] not in ("train", "val", "eval")):
+            print(f"{path} has clips of a split '{odd}', which is neither train nor val nor eval: nothing uses them")
         self.splits, self.has_val, self.ids = splits, fold is None and "val" in splits, tuple(ids)
         self.rows, self.frames = np.array(rows), np.array(frames)  # (n,): place in the shards, own frame count
         mean, var, share = np.array(mean), np.array(var), self.frames / self.frames.sum()

@@ -495,12 +495,13 @@ def open_taggers(a, device):
         (a.embed and len(loaded) > 1, "--embed writes the features of one checkpoint: give one --ckpt"),
         (a.embed and a.embed.suffix != ".npy", f"--embed {a.embed} must end in .npy"),
         (a.plot and a.plot.suffix not in (".png", ".pdf", ".svg"), f"--plot {a.plot} must end in .png, .pdf or .svg"),
-        ({a.json, a.frames} & {*a.audio}, "--json or --frames would overwrite a file of --audio: name another"),
         (a.top < 1, f"--top {a.top} is out of range: it must be at least 1"),
     ):
         if wrong:
             raise ValueError(fault)
     for out in filter(None, (a.json, a.frames, a.embed, a.plot)):
+        if out.is_dir():
+            raise ValueError(f"{out} is a folder: name a file to write")
         check_writable(out.parent)
     if limit < math.inf:
         print(f"an AST takes {limit:g} s: shorter clips are padded with 0.0 log-mel, as in training")
@@ -553,6 +554,12 @@ def tag(a, device):
         if not below:
             raise ValueError(f"--audio {path}: this folder holds no audio ({' '.join(sorted(prep_data.AUDIO))})")
         files += below
+    outputs = [a.json, a.frames, a.plot, a.embed, a.embed and a.embed.with_suffix(".txt")]
+    outputs = [out.resolve() for out in outputs if out]
+    if len({*outputs}) < len(outputs) or {*outputs} & {path.resolve() for path in files}:
+        raise ValueError(
+            "an output would overwrite a file of --audio or another output (--embed's is .txt too): rename it"
+        )
     classes = loaded[0][1]["classes"]
     best = lambda p: [{"class": classes[c], "probability": round(float(p[c]), 6)} for c in (-p).argsort()[: a.top]]
     found, rows, features, failed = [], [], [], []
@@ -561,7 +568,12 @@ def tag(a, device):
             try:
                 windows, tags, z = tag_file(path, loaded, window, hop, device, bar, frames, a.embed)
             except (prep_data.soundfile.SoundFileError, ValueError, OSError) as e:
-                failed.append(f"{path}: {' '.join(str(e).split())}")
+                why = (
+                    "its name is not UTF-8: rename it"
+                    if isinstance(e, UnicodeEncodeError)
+                    else " ".join(str(e).split())
+                )
+                failed.append(f"{path}: {why}")
                 bar.write(f"skipped {failed[-1]}", file=sys.stderr)
                 continue
             p = np.mean([q for *_, q in windows], 0)
@@ -570,7 +582,9 @@ def tag(a, device):
             bar.write(as_text(one))
             found.append(one)
             features.append(z)
-            rows += [(path, f"{s:.2f}", f"{e:.2f}", q) for s, e, q in tags] if a.frames else []
+            rows += (
+                [(" ".join(str(path).splitlines()), f"{s:.2f}", f"{e:.2f}", q) for s, e, q in tags] if a.frames else []
+            )
             if a.plot:
                 out = a.plot if len(files) == 1 else a.plot.with_stem(f"{a.plot.stem}-{n}")
                 draw_tags(out, path, (-p).argsort()[: a.top], classes, tags or windows)
@@ -688,7 +702,11 @@ def export(ckpt, out):
     if len(ckpt) > 1:
         raise ValueError("--export writes one checkpoint: give one --ckpt")
     model, meta = models.load_checkpoint(ckpt[0])
-    (export_onnx if out.suffix == ".onnx" else export_hugging_face)(out, model, meta)
+    if out.suffix.lower() in (".pt", ".pth", ".bin", ".safetensors"):
+        raise ValueError(
+            f"--export {out}: name a .onnx file, or a folder, in which Hugging Face's AST has several files"
+        )
+    (export_onnx if out.suffix.lower() == ".onnx" else export_hugging_face)(out, model, meta)
     print(f"wrote {out}: {meta['model']['name']}, {len(meta['classes'])} classes, {meta['n_frames']} frames")
 
 

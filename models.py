@@ -246,12 +246,19 @@ def read_weights(path):
         found = [p for name in ("model.safetensors", "pytorch_model.bin", "*.pth") for p in sorted(path.glob(name))]
         if not found:
             raise FileNotFoundError(f"{path} holds neither model.safetensors nor pytorch_model.bin nor a .pth")
+        if (path / "config.json").is_file():
+            read_config(path)
         path = found[0]
     file = torch_load(path)
-    inner = ("state", "state_dict", "model")  # ours, Lightning, DeiT's own release
+    inner = (
+        "state",
+        "state_dict",
+        "model",
+        "model_state_dict",
+    )  # ours, Lightning, DeiT's own release, PyTorch's tutorials
     state = next((file[k] for k in inner if isinstance(file.get(k), dict)), file)
     if not state or not all(map(torch.is_tensor, state.values())):
-        raise ValueError(f"{path} is not a state dict of tensors")
+        raise ValueError(f"{path} is not a state dict of tensors (it holds {', '.join([*file][:3])}): save that alone")
     check_finite(state, path)
     return {re.sub(WRAPPER, "", k): v for k, v in state.items()}
 
@@ -437,7 +444,9 @@ def torch_load(path):
     except Exception as e:  # the unpickler raises almost anything on bytes that are not its own
         if isinstance(e, OSError) and e.filename:  # it may not be read
             raise
-        raise ValueError(f"{path} is not a readable weight file (damaged, of another format?): use another") from e
+        raise ValueError(
+            f"{path} is not a readable weight file (damaged, or a whole model?): save its state_dict(), or use another"
+        ) from e
 
 
 def read_checkpoint(path):
@@ -464,6 +473,21 @@ AST_CONFIG = {  # what Hugging Face's config.json may vary and our AST does not:
 }  # fmt: skip
 
 
+def read_config(folder):
+    """config.json of a folder as Hugging Face writes it; ValueError for an AST that computes something else than ours"""
+    config = dataset.read_json(folder / "config.json")
+    theirs = (
+        AST_CONFIG | {"num_attention_heads": 12, "hidden_size": 768} | config
+    )  # what is as in AST-Base may be left out
+    heads = {192: 3, 384: 6, 768: 12}.get(theirs["hidden_size"], theirs["num_attention_heads"])  # no tensor shows these
+    ours = AST_CONFIG | {"num_attention_heads": heads}
+    for key in ours if "audio" in config.get("model_type", "audio") else ():
+        if theirs[key] != ours[key]:
+            what = f"{key} {theirs[key]}, and ours has {ours[key]}"
+            raise ValueError(f"{folder} holds an AST with {what}: it cannot be used here")
+    return config
+
+
 def read_folder(folder):
     """An AST's folder as Hugging Face holds it, or with the original release's .pth -> what read_checkpoint gives, and its eps.
 
@@ -474,18 +498,19 @@ def read_folder(folder):
         if not (folder / name).is_file():
             what = "which an AST as Hugging Face holds it needs: add it, or give a checkpoint"
             raise FileNotFoundError(f"{folder} has no best.pt, and no {name}, {what}")
-    config, audio = (dataset.read_json(folder / n) for n in ("config.json", "preprocessor_config.json"))
-    for key, ours in (AST_CONFIG | {"sampling_rate": dataset.SAMPLE_RATE}).items():
-        if (value := (audio | config).get(key, ours)) != ours:
-            raise ValueError(f"{folder} holds an AST with {key} {value}, and ours has {ours}: it cannot be used here")
+    config, audio = read_config(folder), dataset.read_json(folder / "preprocessor_config.json")
+    if (rate := audio.get("sampling_rate", dataset.SAMPLE_RATE)) != dataset.SAMPLE_RATE:
+        raise ValueError(f"{folder} holds an AST with sampling_rate {rate}, and ours has 16000: it cannot be used here")
     try:
-        classes = [config["id2label"][str(i)] for i in range(len(config["id2label"]))]
+        n_frames, labels = int(config.get("max_length", 1024)), config.get("id2label", {"0": "LABEL_0", "1": "LABEL_1"})
+        classes = [labels[str(i)] for i in range(len(labels))]
         mean, std = (0.0, 0.5) if audio.get("do_normalize") is False else (float(audio["mean"]), float(audio["std"]))
     except (KeyError, TypeError, ValueError) as e:
-        raise ValueError(f"{folder}: id2label of config.json or mean, std of preprocessor_config.json lack {e}") from e
+        what = "max_length, id2label of config.json or mean, std of preprocessor_config.json"
+        raise ValueError(f"{folder}: {what} are damaged or missing ({e}): restore them") from e
     kinds = {"multi_label_classification": "multi-label", "single_label_classification": "single-label"}
     task = kinds.get(config.get("problem_type"), "multi-label" if len(classes) == 527 else "single-label")
-    state, n_frames = from_hugging_face(read_weights(folder)), config.get("max_length", 1024)
+    state = from_hugging_face(read_weights(folder))
     pos = state.get("v.pos_embed", torch.empty(1, 0, 0))
     name = {192: "ast-tiny", 384: "ast-small", 768: "ast-base"}.get(pos.shape[2])
     if name is None or pos.shape[1] != 2 + math.prod(dataset.patch_grid(n_frames)):

@@ -76,6 +76,13 @@ def test_an_edit_that_cannot_be_is_one_sentence(multi, tmp_path, column, value, 
     assert "clips.csv" in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_split_that_nothing_uses_is_said(multi, tmp_path, capsys):
+    shutil.copytree(multi, tmp_path / "odd")
+    edit(tmp_path / "odd", lambda r: r.update(split="urain") if r["id"] == "train-3" else None)
+    assert len(dataset.FbankDataset(tmp_path / "odd", "train")) == 47
+    assert "clips.csv has clips of a split 'urain'" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("labels", ["", "0;1"])
 def test_a_single_label_clip_has_one_label(folds, tmp_path, labels):
     shutil.copytree(folds, tmp_path / "bad")

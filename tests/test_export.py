@@ -188,6 +188,8 @@ def test_folders_that_cannot_be_used(foreign, tmp_path):
     (tmp_path / "model.safetensors").symlink_to(folder / "model.safetensors")
     for file, changes, message in (
         ("config.json", {"time_stride": 16}, "time_stride 16, and ours has 10"),
+        ("config.json", {"num_attention_heads": 6}, "num_attention_heads 6, and ours has 3"),
+        ("config.json", {"max_length": [1]}, "max_length, id2label of config.json"),
         ("config.json", {"max_length": 1024}, "for max_length 1024"),
         ("config.json", {"id2label": {"0": "a", "1": "b"}}, "not those of ast-tiny, 2 classes"),
         ("config.json", {"id2label": {"1": "a"}}, "id2label of config.json"),
@@ -198,9 +200,18 @@ def test_folders_that_cannot_be_used(foreign, tmp_path):
             (tmp_path / name).write_text(json.dumps(content | (changes if name == file else {})))
         with pytest.raises(ValueError, match=message):
             models.load_checkpoint(tmp_path)
+        if "ours has" in message and "sampling" not in message:  # as --pretrained too
+            with pytest.raises(ValueError, match=message):
+                models.read_weights(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "num_attention_heads"}))
+    with pytest.raises(
+        ValueError, match="num_attention_heads 12, and ours has 3"
+    ):  # Hugging Face's default is not written
+        models.load_checkpoint(tmp_path)
     checkpoint(tmp_path / "cnn.pt", CNN, 30)
     assert "Hugging Face's format has no place for" in inside(
         "evaluate.py", "--ckpt", tmp_path / "cnn.pt", "--export", tmp_path
     )
     two = [tmp_path / "cnn.pt"] * 2
     assert "give one --ckpt" in inside("evaluate.py", "--ckpt", *two, "--export", tmp_path / "m.onnx")
+    assert "name a .onnx file" in inside("evaluate.py", "--ckpt", two[0], "--export", tmp_path / "m.pt")

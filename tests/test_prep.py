@@ -610,7 +610,7 @@ def test_many_broken_clips_are_an_error_that_keeps_the_work(tmp_path, monkeypatc
     soundfile.write(tmp_path / "huge.wav", np.eye(1, 8000, dtype=np.float32)[0] * 1e25, 16000, subtype="FLOAT")
     names = [f"{i}.wav" for i in range(12)]
     names += ["nan.wav", "short.wav", "nothing.wav", "empty.wav", "text.mp3", "missing.wav", "huge.wav"]
-    table = write(tmp_path / "t.csv", "path,labels,fold", *(f"{n},x,{i % 2}" for i, n in enumerate(names)))
+    table = write(tmp_path / "t.csv", "path,labels,fold", *(f"{n},x,{i % 2}.0" for i, n in enumerate(names)))  # pandas
     for _ in range(2):  # the second run finds its shards and says the same
         with pytest.raises(
             ValueError,

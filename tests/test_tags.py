@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -221,6 +222,10 @@ def test_flags_that_do_not_fit(tmp_path):
         ((*tags, "--top", 0), "--top 0"),
         ((*tags, "--plot", tmp_path / "out"), "must end in .png"),
         ((*tags, "--json", tmp_path / "x.wav"), "would overwrite a file of --audio"),
+        ((*tags[:3], tmp_path, "--json", tmp_path / "x.wav"), "would overwrite a file of --audio"),
+        ((*tags, "--frames", tmp_path / "o", "--json", tmp_path / "." / "o"), "or another output"),
+        ((*tags, "--embed", tmp_path / "o.npy", "--json", tmp_path / "o.txt"), "or another output"),
+        ((*tags, "--json", tmp_path), "is a folder: name a file"),
         ((*tags, "--embed", tmp_path / "x.wav" / "z.npy"), f"'{tmp_path / 'x.wav'}'"),  # before the work
         (
             (*tags[:2], "--export", tmp_path / "x.wav" / "x.onnx"),
@@ -231,6 +236,20 @@ def test_flags_that_do_not_fit(tmp_path):
         (("--ckpt", tmp_path / "a.pt"), "give --data"),
     ):
         assert message in inside("evaluate.py", *flags)
+
+
+def test_odd_names(tmp_path, capfd):
+    checkpoint(tmp_path / "a.pt", CNN)
+    (tmp_path / "in").mkdir()
+    for name in ("x\ry.wav", os.fsdecode(b"z\xff.wav")):
+        soundfile.write(tmp_path / "x.wav", sound(0.5), 16000)
+        (tmp_path / "x.wav").rename(tmp_path / "in" / name)
+    error = inside(
+        "evaluate.py", "--ckpt", tmp_path / "a.pt", "--audio", tmp_path / "in", "--frames", tmp_path / "o.csv"
+    )
+    assert "1 of 2 files" in error and "its name is not UTF-8: rename it" in error
+    with open(tmp_path / "o.csv", newline="") as f:
+        assert {row[0] for row in csv.reader(f)} == {"file", str(tmp_path / "in" / "x y.wav")}
 
 
 def test_a_long_file_needs_the_memory_of_a_window(tmp_path):
