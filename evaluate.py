@@ -351,14 +351,19 @@ def average_run(run, device, keep_epochs=False, root=None):
 # --------------------------------------------------------------------------------------------------------- summary
 
 
-def mean_and_deviation(results, key, one_seed):
-    """In percent: mean, and the deviation over seeds, each a whole cross-validation where there are folds (a seed that has
-    fewer than another is left out); in a table of one seed, over its folds."""
+def whole_seeds(results, key):
+    """[the values of a seed, in percent], without seeds that have fewer folds than another"""
     by_seed = {}
     for r in results:
         if r.get(key) is not None:
             by_seed.setdefault(r["seed"], []).append(100 * r[key])
-    whole = [v for v in by_seed.values() if len(v) == max(map(len, by_seed.values()))]
+    return [v for v in by_seed.values() if len(v) == max(map(len, by_seed.values()))]
+
+
+def mean_and_deviation(results, key, one_seed):
+    """In percent: mean, and the deviation over seeds, each a whole cross-validation where there are folds; in a table of one
+    seed, over its folds."""
+    whole = whole_seeds(results, key)
     if not whole:
         return "-"
     values = whole[0] if one_seed else [np.mean(v) for v in whole]
@@ -403,7 +408,8 @@ def summary(folder):
     for g in order:
         first = next(settings[g][c] for c in ckpts if c in settings[g])
         one = first[0]
-        line = [g, one["model"], f"{one['params'] / 1e6:.1f}", " + ".join(one["teachers"]) or "no KD", str(len(first))]
+        runs = str(sum(map(len, whole_seeds(first, main))))
+        line = [g, one["model"], f"{one['params'] / 1e6:.1f}", " + ".join(one["teachers"]) or "no KD", runs]
         cells = [(first, "val_score") for _ in val] + [(settings[g].get(c, []), main) for c in ckpts] + [(first, other)]
         lines.append(line + [mean_and_deviation(results, key, len(seeds) == 1) for results, key in cells])
     widths = [max(map(len, column)) for column in zip(*lines)]
@@ -558,7 +564,7 @@ def tag(a, device):
     outputs = [out.resolve() for out in outputs if out]
     if len({*outputs}) < len(outputs) or {*outputs} & {path.resolve() for path in files}:
         raise ValueError(
-            "an output would overwrite a file of --audio or another output (--embed's is .txt too): rename it"
+            "an output would overwrite a file of --audio or another output (--embed's .txt too): rename it"
         )
     classes = loaded[0][1]["classes"]
     best = lambda p: [{"class": classes[c], "probability": round(float(p[c]), 6)} for c in (-p).argsort()[: a.top]]
@@ -568,12 +574,8 @@ def tag(a, device):
             try:
                 windows, tags, z = tag_file(path, loaded, window, hop, device, bar, frames, a.embed)
             except (prep_data.soundfile.SoundFileError, ValueError, OSError) as e:
-                why = (
-                    "its name is not UTF-8: rename it"
-                    if isinstance(e, UnicodeEncodeError)
-                    else " ".join(str(e).split())
-                )
-                failed.append(f"{path}: {why}")
+                why = "its name is not UTF-8: rename it" if isinstance(e, UnicodeEncodeError) else str(e)
+                failed.append(f"{path}: {' '.join(why.split())}")
                 bar.write(f"skipped {failed[-1]}", file=sys.stderr)
                 continue
             p = np.mean([q for *_, q in windows], 0)
@@ -582,9 +584,8 @@ def tag(a, device):
             bar.write(as_text(one))
             found.append(one)
             features.append(z)
-            rows += (
-                [(" ".join(str(path).splitlines()), f"{s:.2f}", f"{e:.2f}", q) for s, e, q in tags] if a.frames else []
-            )
+            name = " ".join(str(path).splitlines())  # in a line of a table
+            rows += [(name, f"{s:.2f}", f"{e:.2f}", q) for s, e, q in tags] if a.frames else []
             if a.plot:
                 out = a.plot if len(files) == 1 else a.plot.with_stem(f"{a.plot.stem}-{n}")
                 draw_tags(out, path, (-p).argsort()[: a.top], classes, tags or windows)
@@ -703,9 +704,7 @@ def export(ckpt, out):
         raise ValueError("--export writes one checkpoint: give one --ckpt")
     model, meta = models.load_checkpoint(ckpt[0])
     if out.suffix.lower() in (".pt", ".pth", ".bin", ".safetensors"):
-        raise ValueError(
-            f"--export {out}: name a .onnx file, or a folder, in which Hugging Face's AST has several files"
-        )
+        raise ValueError(f"--export {out}: name a .onnx file, or a folder for an AST as Hugging Face holds it")
     (export_onnx if out.suffix.lower() == ".onnx" else export_hugging_face)(out, model, meta)
     print(f"wrote {out}: {meta['model']['name']}, {len(meta['classes'])} classes, {meta['n_frames']} frames")
 

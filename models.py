@@ -250,12 +250,7 @@ def read_weights(path):
             read_config(path)
         path = found[0]
     file = torch_load(path)
-    inner = (
-        "state",
-        "state_dict",
-        "model",
-        "model_state_dict",
-    )  # ours, Lightning, DeiT's own release, PyTorch's tutorials
+    inner = ("state", "state_dict", "model", "model_state_dict")  # ours, Lightning, DeiT's release, PyTorch's tutorial
     state = next((file[k] for k in inner if isinstance(file.get(k), dict)), file)
     if not state or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path} is not a state dict of tensors (it holds {', '.join([*file][:3])}): save that alone")
@@ -444,9 +439,8 @@ def torch_load(path):
     except Exception as e:  # the unpickler raises almost anything on bytes that are not its own
         if isinstance(e, OSError) and e.filename:  # it may not be read
             raise
-        raise ValueError(
-            f"{path} is not a readable weight file (damaged, or a whole model?): save its state_dict(), or use another"
-        ) from e
+        way_out = "use another, and of a whole model save the state_dict()"
+        raise ValueError(f"{path} is not a readable weight file (damaged, of another format?): {way_out}") from e
 
 
 def read_checkpoint(path):
@@ -476,9 +470,7 @@ AST_CONFIG = {  # what Hugging Face's config.json may vary and our AST does not:
 def read_config(folder):
     """config.json of a folder as Hugging Face writes it; ValueError for an AST that computes something else than ours"""
     config = dataset.read_json(folder / "config.json")
-    theirs = (
-        AST_CONFIG | {"num_attention_heads": 12, "hidden_size": 768} | config
-    )  # what is as in AST-Base may be left out
+    theirs = AST_CONFIG | {"num_attention_heads": 12, "hidden_size": 768} | config  # AST-Base's may be left out
     heads = {192: 3, 384: 6, 768: 12}.get(theirs["hidden_size"], theirs["num_attention_heads"])  # no tensor shows these
     ours = AST_CONFIG | {"num_attention_heads": heads}
     for key in ours if "audio" in config.get("model_type", "audio") else ():

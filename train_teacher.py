@@ -160,6 +160,8 @@ def claim(args, data, suffix=""):
     dataset.lock(args.out)
     path = args.out / "args.json"
     old = dataset.read_json(path, "keep_epochs") if path.exists() else {}
+    if not old and (found := sorted(args.out.glob("*.pt"))):
+        raise ValueError(f"{args.out} is no run (it has no args.json), and holds {found[0].name}: give another --out")
     if old:
         other = sorted(k for k in settings.keys() - SAME_WEIGHTS if differs(old, k, settings[k], args.given))
         other += ["teacher"] * ("teacher" in old and "teacher" not in settings)  # was distilled, and now it is not

@@ -521,7 +521,7 @@ def test_summary_over_seeds_of_whole_cross_validations(tmp_path, capsys):
     title, rows = table(tmp_path, capsys)
     assert title.endswith("deviation over seeds, each a mean over its folds")
     assert (rows["cnn"]["runs"], rows["cnn"]["best accuracy"], rows["cnn"]["ensemble accuracy"]) == (
-        "7",
+        "6",  # the seed that has fewer folds is left out
         "70.0 ± 10.0",
         "70.0",
     )

@@ -521,6 +521,13 @@ def test_one_class_that_every_clip_has_is_an_error_and_a_detector_is_not(tmp_pat
     assert "epoch  2/2" in inside("train_teacher.py", "--data", detector, *flags)
 
 
+def test_weights_in_a_folder_that_is_no_run_are_not_overwritten(multi, tmp_path):
+    (tmp_path / "best.pt").write_bytes(b"a teacher's, copied")
+    flags = ["--data", multi, "--model", CNN, "--pretrained", "no", "--epochs", "1", "--out", tmp_path]
+    assert "holds best.pt: give another --out" in inside("train_teacher.py", *flags)
+    assert [p.name for p in tmp_path.glob("*.pt")] == ["best.pt"] and (tmp_path / "best.pt").stat().st_size == 19
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
