@@ -118,6 +118,7 @@ def test_predictions_on_the_gpu_have_one_shape(multi, gpu, monkeypatch):
     assert shapes == [((5, data.n_frames, 128), GPU)] * 3
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # of .numpy() while the mode is on
 @pytest.mark.parametrize("name", NAMES)
 def test_analyses_stay_on_the_gpu(multi, gpu, name, monkeypatch):
     data, fetched = opened(multi, "eval", gpu, monkeypatch), []
