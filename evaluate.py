@@ -563,9 +563,7 @@ def tag(a, device):
     outputs = [a.json, a.frames, a.plot, a.embed, a.embed and a.embed.with_suffix(".txt")]
     outputs = [out.resolve() for out in outputs if out]
     if len({*outputs}) < len(outputs) or {*outputs} & {path.resolve() for path in files}:
-        raise ValueError(
-            "an output would overwrite a file of --audio or another output (--embed's .txt too): rename it"
-        )
+        raise ValueError("an output would overwrite a file of --audio or another output (--embed's .txt): rename it")
     classes = loaded[0][1]["classes"]
     best = lambda p: [{"class": classes[c], "probability": round(float(p[c]), 6)} for c in (-p).argsort()[: a.top]]
     found, rows, features, failed = [], [], [], []

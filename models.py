@@ -467,12 +467,16 @@ AST_CONFIG = {  # what Hugging Face's config.json may vary and our AST does not:
 }  # fmt: skip
 
 
+AST_WIDTHS = {192: "ast-tiny", 384: "ast-small", 768: "ast-base"}  # with heads of 64, which no tensor shows
+
+
 def read_config(folder):
     """config.json of a folder as Hugging Face writes it; ValueError for an AST that computes something else than ours"""
     config = dataset.read_json(folder / "config.json")
     theirs = AST_CONFIG | {"num_attention_heads": 12, "hidden_size": 768} | config  # AST-Base's may be left out
-    heads = {192: 3, 384: 6, 768: 12}.get(theirs["hidden_size"], theirs["num_attention_heads"])  # no tensor shows these
-    ours = AST_CONFIG | {"num_attention_heads": heads}
+    width, ours = theirs["hidden_size"], dict(AST_CONFIG)
+    if width in AST_WIDTHS:
+        ours["num_attention_heads"] = width // 64
     for key in ours if "audio" in config.get("model_type", "audio") else ():
         if theirs[key] != ours[key]:
             what = f"{key} {theirs[key]}, and ours has {ours[key]}"
@@ -504,7 +508,7 @@ def read_folder(folder):
     task = kinds.get(config.get("problem_type"), "multi-label" if len(classes) == 527 else "single-label")
     state = from_hugging_face(read_weights(folder))
     pos = state.get("v.pos_embed", torch.empty(1, 0, 0))
-    name = {192: "ast-tiny", 384: "ast-small", 768: "ast-base"}.get(pos.shape[2])
+    name = AST_WIDTHS.get(pos.shape[2])
     if name is None or pos.shape[1] != 2 + math.prod(dataset.patch_grid(n_frames)):
         raise ValueError(f"{folder} holds no AST of width 192, 384 or 768 for max_length {n_frames}")
     meta = {"model": {"name": name, "n_classes": len(classes), "n_frames": n_frames, "kd_head": False}, "state": state}

@@ -336,7 +336,8 @@ def own_table(table):
         raise ValueError(f"{table} has no {'labels' if rows else 'rows'}")
     clips = []
     for r, own in zip(rows, labels):
-        split, fold = (r.get(column, "").strip().lower().removesuffix(".0") for column in ("split", "fold"))
+        split, fold = (r.get(column, "").strip().lower() for column in ("split", "fold"))
+        fold = fold.removesuffix(".0")  # pandas
         if split not in SPLITS:
             raise ValueError(f"{table} line {r['line']}: unknown split '{split}': use train, val or eval")
         if not (fold or "0").isdecimal():

@@ -2,7 +2,7 @@
 
     python tests/bench.py                            # all of it on the CPU; --quick: small sizes
     python tests/bench.py steps patchout             # some of it
-    python tests/bench.py --device cuda              # its AST-Base has been, on one H200
+    python tests/bench.py --device cuda              # so far run for AST-Base, on one H200
 
 Prints a table and writes bench.json to the working folder. These machines are noisy: what is compared is measured in turn,
 step by step, and a ratio is that of the medians.
@@ -55,10 +55,8 @@ def seconds(f, *args, device=None):
 
 def in_turn(functions, rounds, device):
     """{name: median seconds} of functions called in turn, after one call that is not counted."""
-    times, again = (
-        {name: [] for name in functions},
-        5 if device.type == "cuda" else 1,
-    )  # as in a loop, which waits for no step
+    times = {name: [] for name in functions}
+    again = 5 if device.type == "cuda" else 1  # as in a loop, which waits for no step
     for _ in range(rounds + 1):
         for name, f in functions.items():
             times[name].append(seconds(lambda f=f: [f() for _ in range(again)], device=device) / again)

@@ -9,7 +9,7 @@
     python tests/real_audio.py run-mini --data data/fsd50k-mini --exp exp/esc50-1s/mini --cnn ... --vit ...
 
 All of ESC-50, but only the first second of each clip: harder and cheaper. Five folds, one seed; the last epoch
-counts, nothing is chosen on a test fold, and the two settings of a comparison have the same recipe. A run took 2 to 56
+counts, nothing is chosen on a test fold, and the two settings of a comparison have the same recipe. A run took 2 to 79
 minutes, two at a time on two cores; what is done is skipped, and processes with different --folds may share the work. `collect` copies
 settings, logs and scores to tests/results/, `table` reads them there. Those were trained by the scripts of commit 7f1d974; the
 ASTs of 15 epochs resumed those of 5, whose epochs have the same learning rates. The runs of AGAIN, no patchout on all folds, tau

@@ -19,9 +19,7 @@ import train_teacher
 GPU = torch.device("cuda", 0)
 NAMES = [AST, CNN, HYBRID]
 pytestmark = pytest.mark.usefixtures("toy")
-torch.zeros(
-    (), requires_grad=True
-).backward()  # the first one starts autograd's threads: here none, and the tests can fork
+torch.ones((), requires_grad=True).backward()  # the first starts autograd's threads: here none, so tests can fork
 
 
 def settings(data, name, *flags):
@@ -157,11 +155,8 @@ def test_clips_live_on_the_gpu_where_they_fit(multi, gpu, monkeypatch, capsys, f
 @pytest.mark.parametrize("name", NAMES)
 def test_one_graph_for_training_and_one_for_scoring(multi, name, monkeypatch):
     data = dataset.FbankDataset(multi, "train")
-    model, plain, args = (
-        models.build_model(name, 3, data.n_frames),
-        torch.nn.Module.compile,
-        settings(data, name, "--compile"),
-    )
+    model, args = models.build_model(name, 3, data.n_frames), settings(data, name, "--compile")
+    plain = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **k: plain(m, fullgraph=True, backend="eager", **k))
     torch._dynamo.reset()
     counters.clear()
