@@ -158,12 +158,14 @@ def open_checkpoint(path, split, root, device):
     return model.to(device), meta, data
 
 
-def report_absent(positives, data):
+def report_absent(data):
+    """Print the classes that no clip of this split has."""
+    positives = np.bincount(data.labels[data.labels >= 0], minlength=len(data.classes))
     names = [name for name, n in zip(data.classes, positives) if not n]
     if names:
         some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-        count = f"{len(names)} of {len(positives)} classes"
-        print(f"without a positive in {data.split}, left out of macro scores: {count} ({some})")
+        count = f"{len(names)} of {len(data.classes)} classes"
+        print(f"without a positive in {data.split}, neither learned nor scored there: {count} ({some})")
 
 
 def check_writable(folder):
@@ -209,7 +211,7 @@ def score_checkpoints(paths, split, root, device):
     if data.task == "single-label":
         draw_confusion(out / f"confusion-{name}-{split}.png", data.classes, y.argmax(1), total.argmax(1))
     dataset.write_json(metrics, plain_scores(found) | facts)  # last: a stage whose metrics are there is complete
-    report_absent(positives, data)
+    report_absent(data)
     print_scores(found, data.classes, ap, positives)
     print(f"{data.count()} clips of {data.root} ({split}) -> {metrics}, {per_class.name}")
 

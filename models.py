@@ -53,7 +53,7 @@ MODELS = {
 STOCHASTIC_DEPTH = 0.2  # of EfficientNets, torchvision's default: the paper's CNNs are torchvision's (footnote 1)
 PRECISION = {"cuda": "bfloat16", "cpu": "float32"}
 FORMAT = 1  # of the files that save_checkpoint writes
-WRAPPER = r"^(module\.|_orig_mod\.)+"  # what DDP and torch.compile put before a name
+WRAPPER = r"^(module\.|_orig_mod\.|model\.)+"  # what DDP, torch.compile and people's LightningModules put before a name
 
 
 def family(name):
@@ -240,8 +240,8 @@ def imagenet_state(tag):
 
 
 def read_weights(path):
-    """The tensors of a .pth, .bin or .safetensors file, or of a Hugging Face folder, without wrappers' prefixes."""
-    path = pathlib.Path(path)
+    """The tensors of a .pth, .bin or .safetensors file, a Hugging Face folder or a run's, without wrappers' prefixes."""
+    path = best_of(path)
     if path.is_dir():  # .pth: the original AST release's
         found = [p for name in ("model.safetensors", "pytorch_model.bin", "*.pth") for p in sorted(path.glob(name))]
         if not found:

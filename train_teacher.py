@@ -60,7 +60,7 @@ def parser(doc):
     add = p.add_argument
     add("--data", required=True, help="a folder that prep_data.py wrote")
     add("--model", required=True, help=f"{', '.join(models.MODELS)}, or timm:<any timm CNN>")
-    add("--pretrained", help="no, imagenet, or the path of a weight file (default: imagenet; demo: no)")
+    add("--pretrained", help="no, imagenet, or the path of weights or of a run (default: imagenet; demo: no)")
     add("--fold", type=int, help="train on the other folds; this one is for scoring")
     add("--seed", type=int, default=0)
     add("--recipe", choices=sorted({k.split()[0] for k in RECIPES}), help="row of the table (default: the data set's)")
@@ -186,6 +186,8 @@ def open_data(args):
     val = dataset.FbankDataset(args.data, "val") if train.has_val else None
     if val is not None and (val.labels < 0).all():
         raise ValueError(f"no validation clip of {val.root} has a label, so none could be chosen by: label some")
+    for data in filter(None, (train, val)):
+        evaluate.report_absent(data)
     if val is None:
         print("no validation split: best.pt is the last epoch")
     return train, val
@@ -321,8 +323,6 @@ def finish_epoch(run, log, began, clips):
         how, main = {"precision": args.precision, "label": "validation"}, evaluate.MAIN_SCORE[run.val.task]
         p, y = evaluate.predict(run.model, run.val, run.device, run.data.mean, run.data.std, **how)
         found = evaluate.scores(p, y, run.val.task)
-        if not run.history:
-            evaluate.report_absent(found["positives"], run.val)
         entry |= {f"val_{k}": v for k, v in evaluate.plain_scores(found).items()}
         entry["val_score"] = found[main]
         best = not run.history or entry["val_score"] > max(e["val_score"] for e in run.history)

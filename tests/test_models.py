@@ -575,8 +575,13 @@ def test_weights_kept_aside_do_not_follow_training():
 
 def test_own_checkpoint_as_a_start(ast, tmp_path, capsys):
     models.save_checkpoint(tmp_path / "ast.pt", ast, **META)
-    same = models.build_model(AST, 7, n_frames=100, pretrained=tmp_path / "ast.pt").eval()
-    assert torch.equal(same(spectrograms()), ast(spectrograms())) and "initialisation" not in capsys.readouterr().out
+    models.save_checkpoint(tmp_path / "run" / "best.pt", ast, **META)
+    torch.save({"state_dict": {f"model.{k}": v for k, v in ast.state_dict().items()}}, tmp_path / "lightning.ckpt")
+    for start in ("ast.pt", "run", "lightning.ckpt"):
+        same = models.build_model(AST, 7, n_frames=100, pretrained=tmp_path / start).eval()
+        assert (
+            torch.equal(same(spectrograms()), ast(spectrograms())) and "initialisation" not in capsys.readouterr().out
+        )
     other = models.build_model(AST, 4, n_frames=64, pretrained=tmp_path / "ast.pt", kd_head=True)
     said = capsys.readouterr().out
     assert "mlp_head is for other classes" in said and "no kd_head in it" in said and "positions 12x9 -> 12x5" in said

@@ -247,7 +247,7 @@ def test_a_perfect_score_and_a_class_without_positives(tmp_path, monkeypatch):
     output = inside("evaluate.py", "--ckpt", path)
     found = written(path.parent)
     assert (found["mAP"], found["mAUC"], found["d_prime"], found["classes_without_positives"]) == (1, 1, None, 1)
-    assert output.count("without a positive in eval, left out of macro scores: 1 of 3 classes (noise)") == 1
+    assert output.count("without a positive in eval, neither learned nor scored there: 1 of 3 classes (noise)") == 1
     assert "8 of 20,371 listed clips" in output and found["listed"] == 20371  # copies of AudioSet lack clips
 
 

@@ -435,6 +435,13 @@ def test_validation_without_a_label_is_an_error(tmp_path):
     assert "no validation clip of" in inside("train_teacher.py", *flags)
 
 
+def test_classes_without_a_training_clip_are_named(tmp_path, capsys):
+    folder = write_prepared(tmp_path / "data", {"train": 9, "val": 6}, True, labels=lambda rng: [int(rng.integers(2))])
+    train_teacher.open_data(train_teacher.parser("").parse_args(["--data", str(folder), "--model", CNN]))
+    printed = capsys.readouterr().out
+    assert all(f"in {s}, neither learned nor scored there: 1 of 3 classes (noise)" in printed for s in ("train", "val"))
+
+
 def test_fewer_clips_than_processes_is_an_error(monkeypatch):
     monkeypatch.setattr(dataset, "world", lambda: 8)
     with pytest.raises(ValueError, match="5 training clips are too few for 8 processes"):
