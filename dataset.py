@@ -118,24 +118,25 @@ def unlock(folder):
     os.close(LOCKS.pop(os.path.realpath(folder)))
 
 
-def terminated(*_):
-    os.write(2, b"stopped by SIGTERM; the same command resumes from the last save\n")
-    os._exit(143)  # a file is whole or absent at any moment
+def stopped(number, _):
+    """What SIGTERM and Ctrl-C do. No exception: torch.save and a fork would swallow it."""
+    os.write(2, f"stopped by {signal.Signals(number).name}; the same command resumes from the last save\n".encode())
+    os._exit(128 + number)  # a file is whole or absent at any moment
 
 
 def command_line(main):
     """Run a script's main(): an error that a user can fix is one sentence on stderr and exit code 1."""
     if sys.getfilesystemencoding() != "utf-8":  # LC_ALL=C with PYTHONUTF8=0: the names of files are UTF-8 all the same
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
-    signal.signal(signal.SIGTERM, terminated)
+    signal.signal(signal.SIGTERM, stopped)
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # as run_all.sh has it
+        signal.signal(signal.SIGINT, stopped)
     atexit.register(gc.freeze)  # or the interpreter spends a second or two on collecting all of torch as it ends
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):  # a class name may have letters that a locale cannot print
-            stream.reconfigure(errors="backslashreplace")
+            stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         main()
-    except KeyboardInterrupt:
-        stop("stopped by Ctrl-C; the same command resumes from the last save")
     except torch.OutOfMemoryError:
         stop("error: the GPU's memory is full: use a smaller --batch-size, or --cache disk where the clips took it")
     except (ValueError, OSError) as e:  # TRACEBACK=1 python ... shows where it came from

@@ -309,6 +309,8 @@ def average_weights(paths):
 def average_run(run, device, keep_epochs=False, root=None):
     """Write run/wa.pt by its recipe's protocol (Section 4.6): epochs s..last, s chosen on validation, where every running
     mean is scored, or by the table. Prunes ep-*.pt unless told to keep them."""
+    if not (run / "args.json").is_file():
+        raise ValueError(f"--average {run}: no run's folder (it has no args.json)")
     args = dataset.read_json(run / "args.json", "epochs", "average", "keep_epochs")
     if rank() == 0:
         dataset.lock(run)

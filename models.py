@@ -12,11 +12,13 @@ one, `model(x)` is the mean of the two. `model.features(x)` gives the representa
 """
 
 import atexit
+import ctypes
 import itertools
 import math
 import os
 import pathlib
 import re
+import signal
 import socket
 import sys
 import urllib.parse
@@ -558,6 +560,8 @@ def setup(device=None, precision=None):
         torch.set_float32_matmul_precision("high")  # TF32 where float32 remains
     elif precision == "bfloat16" and not torch.cpu._is_avx512_bf16_supported():
         print("this CPU has no AVX512-BF16: --precision bfloat16 is slower here than float32")
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: a torchrun that is killed takes us along
     if "WORLD_SIZE" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if use_cuda else "gloo", device_id=device if use_cuda else None)
         atexit.register(dist.destroy_process_group)

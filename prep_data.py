@@ -146,7 +146,7 @@ def open_audio(path, member=None):
         with open(member[0], "rb") as f:
             f.seek(member[1])
             path = io.BytesIO(f.read(member[2]))
-    elif not os.path.exists(path):
+    elif not os.path.isfile(path):
         raise FileNotFoundError("no such file")
     if str(path).lower().endswith(".raw"):
         raise ValueError("audio without a header: convert it to WAV")
@@ -194,7 +194,7 @@ def read_rows(path, **dialect):
             lines = csv.reader(f, delimiter=delimiter, strict=True, **dialect)
             yield from ((lines.line_num, row) for row in lines if any(row))
         except (UnicodeDecodeError, csv.Error) as e:
-            raise ValueError(f"{path} is not a table in UTF-8 ({e}): save it as 'CSV UTF-8'") from e
+            raise ValueError(f"{path} is not a table in UTF-8 ({e}): close its quotes, save it as 'CSV UTF-8'") from e
 
 
 def read_table(path, columns):
@@ -336,6 +336,8 @@ def own_table(table):
         raise ValueError(f"{table} has no {'labels' if rows else 'rows'}")
     clips = []
     for r, own in zip(rows, labels):
+        if not r["path"].strip():
+            raise ValueError(f"{table} line {r['line']} has no path")
         split, fold = (r.get(column, "").strip().lower() for column in ("split", "fold"))
         fold = fold.removesuffix(".0")  # pandas
         if split not in SPLITS:

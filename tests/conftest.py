@@ -59,7 +59,8 @@ def command(script, *args, ok=True, **options):
 
 def inside(script, *args):
     """The same without a new process, which takes five seconds to start: -> its output, or the error it stops with."""
-    output, argv, handler = io.StringIO(), sys.argv, signal.getsignal(signal.SIGTERM)
+    output, argv = io.StringIO(), sys.argv
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     sys.argv = [script, *map(str, args)]
     try:
         with contextlib.redirect_stdout(output):
@@ -70,7 +71,8 @@ def inside(script, *args):
             return stop.code
     finally:
         sys.argv = argv
-        signal.signal(signal.SIGTERM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         for folder in list(dataset.LOCKS):  # as the end of a process does
             dataset.unlock(folder)
     return output.getvalue()

@@ -3,6 +3,7 @@
 `python -m pytest -q -m slow` runs the long versions of the first two.
 """
 
+import io
 import json
 import os
 import random
@@ -283,7 +284,24 @@ def test_ctrl_c_is_one_line(multi, tmp_path):
 
     args = ["--data", multi, "--model", CNN, *TINY, "--out", tmp_path / "run"]
     code, output = forked("train_teacher.py", *args, before=before)
-    assert code == 1 and "stopped by Ctrl-C; the same command resumes" in output and "Traceback" not in output, output
+    assert code == 130 and "stopped by SIGINT; the same command resumes" in output and "Traceback" not in output, output
+
+
+def test_ctrl_c_while_a_file_is_written_is_one_line(multi, tmp_path):
+    """torch.save makes an error of its own of an exception in its stream."""
+
+    class Stream(io.BytesIO):
+        def write(self, block):
+            os.kill(os.getpid(), signal.SIGINT)
+            return super().write(block)
+
+    def before():
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        save, torch.save = torch.save, lambda content, _: save(content, Stream())
+
+    args = ["--data", multi, "--model", CNN, *TINY, "--out", tmp_path / "run"]
+    code, output = forked("train_teacher.py", *args, before=before)
+    assert code == 130 and output.count("stopped by SIGINT") == 1 and "Traceback" not in output, output
 
 
 @pytest.mark.parametrize("script", ["train_teacher.py", "distill.py"])

@@ -260,6 +260,7 @@ def test_made_split_is_stratified_and_reproducible(tmp_path, capsys):
         (["path,labels,split", "a.wav,x,val", "b.wav,x,train"], "no clip has split 'eval'"),
         (["path,labels", *(f"{i}.wav,{'xyz'[i % 3]}" for i in range(9))], "no clip has split 'eval'"),  # made: too few
         (["path,split,labels", 'a.wav,train,"x', "b.wav,eval,x"], r"bad\.csv is not a table in UTF-8"),  # no end quote
+        (["path,labels", "a.wav,x", ",y"], r"bad\.csv line 3 has no path"),
         (["path,labels,labels", "a.wav,x,y"], r"bad\.csv has 2 column 'labels'"),
         (["path,labels,fold,Fold", "a.wav,x,1,2"], r"bad\.csv has 2 column 'fold'"),
         (["path,labels,split", "a.wav,x,train", "./a.wav,x,eval"], r"clip .*a\.wav' is listed 2 times"),

@@ -75,6 +75,32 @@ def test_torchrun(multi, tmp_path):
     torch.testing.assert_close(a, b, atol=1e-3, rtol=0)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the signal of a parent's death is Linux's")
+def test_a_killed_torchrun_leaves_nobody_in_the_folder(multi, tmp_path):
+    line = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        ROOT / "train_teacher.py",
+    ]
+    line += ["--data", multi, "--model", "ast-tiny", *TINY[:2], "--epochs", 99, "--out", tmp_path / "run"]
+    torchrun = subprocess.Popen([*map(str, line)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "run" / "ep-00.pt").exists():
+        assert torchrun.poll() is None
+        time.sleep(0.1)
+    torchrun.kill()
+    torchrun.wait()
+    for _ in range(100):
+        try:
+            dataset.lock(tmp_path / "run")
+            return dataset.unlock(tmp_path / "run")
+        except ValueError:
+            time.sleep(0.1)
+    raise AssertionError("its processes go on without it")
+
+
 def spying(folder):
     """Runs in each rank: keep what its model receives, and its weights after each epoch."""
 

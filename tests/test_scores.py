@@ -408,7 +408,7 @@ def test_what_cannot_be_averaged(multi, tmp_path):
     error = inside("evaluate.py", "--average", folder)
     assert error.startswith(f"error: {folder} is not trained to its last epoch (4)")
     error = inside("evaluate.py", "--average", tmp_path / "nothing")
-    assert f"No such file or directory: '{tmp_path / 'nothing' / 'args.json'}'" in error
+    assert f"--average {tmp_path / 'nothing'}: no run's folder (it has no args.json)" in error
     assert left(folder) == ["ep-00.pt", "ep-01.pt", "ep-02.pt", "ep-03.pt", "ep-04.pt", "last.pt"]
 
 
