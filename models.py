@@ -397,7 +397,8 @@ def load_pretrained(model, path, state=None):
         "of another shape": [k for k in own if k in state and own[k].shape != state[k].shape],
     }
     if any(faults.values()):
-        lists = "; ".join(f"{what} {len(keys)}: {', '.join(keys)}" for what, keys in faults.items() if keys)
+        few = lambda keys: ", ".join(keys[:20]) + ", ..." * (len(keys) > 20)
+        lists = "; ".join(f"{what} {len(keys)}: {few(keys)}" for what, keys in faults.items() if keys)
         raise ValueError(f"{path} does not fit {model.spec['name']}: {lists}")
     model.load_state_dict(state)
     print(f"weights from {path}" + "".join(f"; {c}" for c in changed))
