@@ -15,8 +15,7 @@ def test_readmes_table_is_recomputed_from_the_logs():
 
 def test_the_logs_are_of_whole_runs_with_the_settings_that_the_script_has():
     paths = [sorted(folder.glob("*-s?/args.json")) for folder in (real_audio.RESULTS, real_audio.RESULTS / "float32")]
-    again = len(real_audio.AGAIN) + (len(real_audio.FOLDS) - 1) * len(real_audio.ON_ALL_FOLDS)
-    again += 2 * len(real_audio.SEEDED)
+    again = sum(len(real_audio.again(f, s)) for f, s in itertools.product(real_audio.FOLDS, real_audio.SEEDS))
     assert [*map(len, paths)] == [len(real_audio.RUNS) * len(real_audio.FOLDS), again]
     for path in itertools.chain(*paths):
         args, log = json.loads(path.read_text()), (path.parent / "log.jsonl").read_text().splitlines()
