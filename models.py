@@ -55,7 +55,7 @@ MODELS = {
 STOCHASTIC_DEPTH = 0.2  # of EfficientNets, torchvision's default: the paper's CNNs are torchvision's (footnote 1)
 PRECISION = {"cuda": "bfloat16", "cpu": "float32"}
 FORMAT = 1  # of the files that save_checkpoint writes
-WRAPPER = r"^(module\.|_orig_mod\.|model\.)+"  # what DDP, torch.compile and people's LightningModules put before a name
+WRAPPER = r"^(module\.|_orig_mod\.)+"  # what DDP and torch.compile put before a name
 
 
 def family(name):
@@ -257,7 +257,8 @@ def read_weights(path):
     if not state or not all(map(torch.is_tensor, state.values())):
         raise ValueError(f"{path} is not a state dict of tensors (it holds {', '.join([*file][:3])}): save that alone")
     check_finite(state, path)
-    return {re.sub(WRAPPER, "", k): v for k, v in state.items()}
+    lightning = "model." * all(k.startswith("model.") for k in state)
+    return {re.sub(WRAPPER, "", k.removeprefix(lightning)): v for k, v in state.items()}
 
 
 BODY = "audio_spectrogram_transformer."

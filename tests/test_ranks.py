@@ -22,6 +22,7 @@ import train_teacher
 
 pytestmark = pytest.mark.usefixtures("toy", "undrawn")
 TINY = ["--pretrained", "no", "--epochs", 2, "--batch-size", 12]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def log(run):
@@ -55,15 +56,7 @@ def teacher(uneven, toy, tmp_path_factory):
 def test_torchrun(multi, tmp_path):
     """The real thing: torchrun and the smallest real AST, against one process."""
     flags = ["--data", multi, "--model", "ast-tiny", *TINY[:2], "--epochs", 1, "--batch-size", 24, "--out"]
-    line = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        ROOT / "train_teacher.py",
-    ]
-    line = [*map(str, [*line, *flags, tmp_path / "two"])]
+    line = [*map(str, [*TORCHRUN, ROOT / "train_teacher.py", *flags, tmp_path / "two"])]
     done = subprocess.run(line, check=False, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("epoch  1/1") == 1  # rank 0 alone prints and writes
@@ -77,16 +70,9 @@ def test_torchrun(multi, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal of a parent's death is Linux's")
 def test_a_killed_torchrun_leaves_nobody_in_the_folder(multi, tmp_path):
-    line = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        ROOT / "train_teacher.py",
-    ]
-    line += ["--data", multi, "--model", "ast-tiny", *TINY[:2], "--epochs", 99, "--out", tmp_path / "run"]
-    torchrun = subprocess.Popen([*map(str, line)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    flags = ["--data", multi, "--model", "ast-tiny", *TINY[:2], "--epochs", 99, "--out", tmp_path / "run"]
+    line = [*map(str, [*TORCHRUN, ROOT / "train_teacher.py", *flags])]
+    torchrun = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     while not (tmp_path / "run" / "ep-00.pt").exists():
         assert torchrun.poll() is None
         time.sleep(0.1)
