@@ -210,10 +210,8 @@ class FbankDataset(torch.utils.data.Dataset):
                     in_split = f"{split_}-".startswith(f"{split}-")  # 'train' is also train-balanced, -unbalanced
                     if split is None or (in_split if fold is None else (fold_ == str(fold)) == (split == "eval")):
                         own, n = [int(k) for k in labels.split(";")] if labels else [], int(n)
-                        if any(not 0 <= k < C for k in own) or (single and len(own) != 1):
-                            raise ValueError(f"labels {own} of {C} classes, {self.task}")
-                        if not 1 <= n <= T:
-                            raise ValueError(f"{n} of {T} frames")
+                        if any(not 0 <= k < C for k in own) or (single and len(own) != 1) or not 1 <= n <= T:
+                            raise ValueError(f"labels {own} of {C} classes, {self.task}; {n} of {T} frames")
                         for column, value in zip(columns, (int(row), id_, own, n, float(mean), float(var))):
                             column.append(value)
         except (ValueError, IndexError, StopIteration, csv.Error) as e:

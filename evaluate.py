@@ -160,8 +160,7 @@ def open_checkpoint(path, split, root, device):
 
 def report_absent(data):
     """Print the classes that no clip of this split has."""
-    positives = np.bincount(data.labels[data.labels >= 0], minlength=len(data.classes))
-    names = [name for name, n in zip(data.classes, positives) if not n]
+    names = [data.classes[c] for c in np.setdiff1d(np.arange(len(data.classes)), data.labels)]
     if names:
         some = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         count = f"{len(names)} of {len(data.classes)} classes"
@@ -291,14 +290,12 @@ def draw_confusion(path, classes, true, predicted):
 def running_means(paths):
     """Yield, from the last of these checkpoint files to the first, the mean of the weights from it to the last: a state
     dict. BatchNorm statistics are averaged like weights; integer counters are the last file's. Sums are in float64."""
-    total = None
+    mean = {}
     for n, path in enumerate(reversed(paths), 1):
         state = models.read_checkpoint(path)["state"]
-        total = total or {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
-        for k, v in total.items():
-            if v.is_floating_point():
-                v += (state[k] - v) / n
-        yield {k: v.float() if v.is_floating_point() else v for k, v in total.items()}
+        mean = mean or state
+        mean |= {k: (m := mean[k].double()) + (v - m) / n for k, v in state.items() if v.is_floating_point()}
+        yield {k: v.float() if v.is_floating_point() else v for k, v in mean.items()}
 
 
 def average_weights(paths):
@@ -341,7 +338,6 @@ def average_run(run, device, keep_epochs=False, root=None):
             print(f"{run}: epochs {start}-{args['epochs']}, as the recipe says")
         if rank() == 0:
             model.load_state_dict(state)
-            meta = {k: v for k, v in meta.items() if k not in ("format", "model")}
             meta |= {"averaged": [start, args["epochs"]], "val_score": best}
             models.save_checkpoint(run / "wa.pt", model, **meta)
             print(f"wrote {run / 'wa.pt'}")
@@ -476,8 +472,7 @@ def stream_audio(path, window, hop):
             second, x = second + done, x[done * rate :]  # for the filter a second before the window, and one after it
             lacking = ((start + n) // Hz + 2 - second) * rate - len(x)
             x = torch.cat([x, prep_data.read_mono(f, max(0, lacking))])
-            y = prep_data.resampler(f.samplerate)(x) if len(x) else x
-            y = y[start - second * Hz :]
+            y = prep_data.resampler(f.samplerate)(x)[start - second * Hz :] if len(x) else x
             if len(y) >= 400:
                 yield start / Hz, y[:n]
             elif i == 0:
@@ -694,7 +689,7 @@ def export_hugging_face(folder, model, meta):
     }  # fmt: skip
     audio = {"feature_extractor_type": "ASTFeatureExtractor", "feature_size": 1, "padding_value": 0.0}
     audio |= {"mean": meta["mean"], "std": meta["std"], "do_normalize": True, "return_attention_mask": False}
-    state = models.to_hugging_face(models.plain_state(model))
+    state = models.to_hugging_face(model.state_dict())
     write = lambda p: safetensors.torch.save_file(state, p, metadata={"format": "pt"})
     dataset.atomic_write(folder / "model.safetensors", write)
     dataset.write_json(folder / "preprocessor_config.json", audio | shape | {"sampling_rate": meta["sample_rate"]})

@@ -31,7 +31,7 @@ import timm
 import torch
 import torch.distributed as dist
 from timm.layers import convert_sync_batchnorm, resample_abs_pos_embed, resample_patch_embed
-from timm.models import DenseNet, EfficientNet
+from timm.models import DenseNet, EfficientNet, clean_state_dict
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils.fusion import fuse_conv_bn_eval
@@ -55,7 +55,6 @@ MODELS = {
 STOCHASTIC_DEPTH = 0.2  # of EfficientNets, torchvision's default: the paper's CNNs are torchvision's (footnote 1)
 PRECISION = {"cuda": "bfloat16", "cpu": "float32"}
 FORMAT = 1  # of the files that save_checkpoint writes
-WRAPPER = r"^(module\.|_orig_mod\.)+"  # what DDP and torch.compile put before a name
 
 
 def family(name):
@@ -106,12 +105,9 @@ class AST(nn.Module):
         return (cls + dist) / 2  # (B, d)
 
     def forward(self, x, both=False, keep=None):
-        if self.kd_head is None:
-            logits = kd_logits = in_float32(self.mlp_head, self.features(x, keep))  # (B, C)
-        else:  # Section 4.2: each token has its own head and its own loss
-            cls, dist = self.tokens(x, keep)
-            logits, kd_logits = in_float32(self.mlp_head, cls), in_float32(self.kd_head, dist)
-        return outputs(logits, kd_logits, both)
+        cls, dist = self.tokens(x, keep)  # with a kd_head (Section 4.2) each has its own head and its own loss
+        z = (cls + dist) / 2 if self.kd_head is None else cls  # (B, d)
+        return outputs(self.mlp_head, self.kd_head, z, both, dist)
 
 
 class CNN(nn.Module):
@@ -134,14 +130,10 @@ class CNN(nn.Module):
 
     def frame_logits(self, x):
         """x (B, T, F) -> (B, T/32, C): the head on each column of the map; their mean is the clip's, the head being linear."""
-        return self.heads(self.feature_map(x).mean(2).transpose(1, 2), both=False)
+        return outputs(self.head, self.kd_head, self.feature_map(x).mean(2).transpose(1, 2), both=False)
 
     def forward(self, x, both=False, keep=None):  # keep is an AST's
-        return self.heads(self.features(x), both)
-
-    def heads(self, z, both):
-        logits = in_float32(self.head, z)
-        return outputs(logits, in_float32(self.kd_head, z) if self.kd_head is not None else logits, both)
+        return outputs(self.head, self.kd_head, self.features(x), both)
 
 
 class AttentionPool(nn.Module):
@@ -158,7 +150,7 @@ class AttentionPool(nn.Module):
         self.weight = nn.Parameter(torch.full((heads,), 1 / heads))
 
     def forward(self, x):
-        shape = (*x.shape[:2], len(self.weight), -1)  # x in float32 (in_float32): 1 - 1e-7 is 1 in bfloat16
+        shape = (*x.shape[:2], len(self.weight), -1)  # x in float32 (outputs): 1 - 1e-7 is 1 in bfloat16
         att = self.att(x).sigmoid().clamp(1e-7, 1 - 1e-7).view(shape)  # (B, T', heads, C)
         cla = self.cla(x).sigmoid().view(shape)
         p = (att * cla).sum(1) / att.sum(1)  # (B, heads, C)
@@ -176,17 +168,17 @@ class Hybrid(CNN):
         self.kd_head = AttentionPool(d, n_classes) if kd_head else None
 
     def forward(self, x, both=False, keep=None):
-        return self.heads(self.feature_map(x).mean(2).transpose(1, 2), both)  # of (B, T', d)
+        return outputs(self.head, self.kd_head, self.feature_map(x).mean(2).transpose(1, 2), both)  # of (B, T', d)
 
 
-def in_float32(head, z):
-    """head(z) outside autocast: logits in bfloat16 tie (0.12 mAP lost on simulated scores of FSD50K's size)."""
+def outputs(head, kd_head, z, both, z_kd=None):
+    """(logits, kd_logits), or what evaluation uses: the mean of the two heads, which for one head is that head. z_kd: what
+    kd_head sees, if not z. Outside autocast: logits in bfloat16 tie (0.12 mAP lost on simulated scores of FSD50K's size)."""
     with torch.autocast(z.device.type, enabled=False):
-        return head(z.to(next(head.parameters()).dtype))
-
-
-def outputs(logits, kd_logits, both):
-    """(logits, kd_logits), or what evaluation uses: the mean of the two heads, which for one head is that head."""
+        dtype = next(head.parameters()).dtype
+        logits = kd_logits = head(z.to(dtype))  # (..., C)
+        if kd_head is not None:
+            kd_logits = kd_head((z if z_kd is None else z_kd).to(dtype))
     return (logits, kd_logits) if both else logits if kd_logits is logits else (logits + kd_logits) / 2
 
 
@@ -258,7 +250,7 @@ def read_weights(path):
         raise ValueError(f"{path} is not a state dict of tensors (it holds {', '.join([*file][:3])}): save that alone")
     check_finite(state, path)
     lightning = "model." * all(k.startswith("model.") for k in state)
-    return {re.sub(WRAPPER, "", k.removeprefix(lightning)): v for k, v in state.items()}
+    return clean_state_dict({k.removeprefix(lightning): v for k, v in state.items()})
 
 
 BODY = "audio_spectrogram_transformer."
@@ -408,18 +400,13 @@ def load_pretrained(model, path, state=None):
 # -------------------------------------------------------------------------------------------------- our own files
 
 
-def plain_state(model):
-    """The state dict on the CPU, under the names of the bare model whatever wraps it (DDP, torch.compile)."""
-    return {re.sub(WRAPPER, "", k): v.to("cpu", copy=True) for k, v in model.state_dict().items()}
-
-
-def save_checkpoint(path, model, **meta):
+def save_checkpoint(path, model, /, **meta):
     """Write weights and everything needed to use them: model, classes, mean, std, n_frames, sample_rate, task, data, args.
 
     `meta` holds plain Python types only; load with load_checkpoint (which is torch.load with weights_only=True).
     """
-    spec = getattr(model, "module", model).spec
-    content = dict(format=FORMAT, model=spec, state=plain_state(model), **meta)
+    state = {k: v.cpu() for k, v in clean_state_dict(model.state_dict()).items()}  # whatever wraps it
+    content = meta | {"format": FORMAT, "model": getattr(model, "module", model).spec, "state": state}
 
     def write(p):
         with open(p, "wb") as f:  # given a path, torch.save hides why it could not write
@@ -435,10 +422,8 @@ def torch_load(path):
     try:
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
-        if zipfile.is_zipfile(path):  # torch.load does not verify the CRCs that a checkpoint, a zip, holds
-            with zipfile.ZipFile(path) as z:
-                if z.testzip() is not None:
-                    raise ValueError("a checksum is wrong")
+        if zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip():
+            raise ValueError("a CRC of the zip that a checkpoint is: torch.load does not verify them")
         return dict(torch.load(path, map_location="cpu", weights_only=True))
     except Exception as e:  # the unpickler raises almost anything on bytes that are not its own
         if isinstance(e, OSError) and e.filename:  # it may not be read

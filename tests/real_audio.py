@@ -255,7 +255,7 @@ def average(run):
     last = sorted(run.glob("ep-*.pt"))[-AVERAGED:]
     model, meta = models.load_checkpoint(last[-1])
     model.load_state_dict(evaluate.average_weights(last))
-    models.save_checkpoint(run / "wa.pt", model, **{k: v for k, v in meta.items() if k not in ("format", "model")})
+    models.save_checkpoint(run / "wa.pt", model, **meta)
 
 
 def collect(exp):

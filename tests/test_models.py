@@ -434,7 +434,7 @@ def test_attention_pooling_stays_finite(size):
         for x in (torch.ones(1, 3, 4), torch.ones(1, 3, 4, dtype=torch.bfloat16)):
             x.requires_grad_()
             with torch.autocast("cpu", torch.bfloat16):
-                logits = models.in_float32(pool, x)
+                logits = models.outputs(pool, None, x, both=False)
             assert logits.isfinite().all() and (logits * np.sign(size) * sign > 10).all()
             logits.sum().backward()
             assert x.grad.isfinite().all() and all(p.grad.isfinite().all() for p in pool.parameters())
@@ -554,23 +554,12 @@ def test_checkpoints_hold_no_prefixes(tmp_path):
         Wrapped(model),
         torch.compile(model),
         Wrapped(torch.compile(model)),
-        torch.compile(Wrapped(model)),
         compiled,
     )
     for i, net in enumerate(wrapped):
         models.save_checkpoint(tmp_path / f"{i}.pt", net, **META)
         assert set(torch.load(tmp_path / f"{i}.pt", weights_only=True)["state"]) == names
         assert torch.equal(models.load_checkpoint(tmp_path / f"{i}.pt")[0](x), model(x))
-
-
-def test_weights_kept_aside_do_not_follow_training():
-    model = models.build_model(CNN, 3, n_frames=64)
-    kept = models.plain_state(model)
-    before = {k: v.clone() for k, v in kept.items()}
-    with torch.no_grad():
-        for p in model.parameters():
-            p += 1
-    assert all(torch.equal(v, before[k]) for k, v in kept.items()) and not any(v.requires_grad for v in kept.values())
 
 
 def test_own_checkpoint_as_a_start(ast, tmp_path, capsys):

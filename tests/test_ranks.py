@@ -101,7 +101,7 @@ def spying(folder):
         def spied_finish(run, *args):
             finish(run, *args)
             n = len(run.history)
-            torch.save((models.plain_state(run.model), seen), folder / f"rank{rank}-{n}.pt")
+            torch.save((run.model.state_dict(), seen), folder / f"rank{rank}-{n}.pt")
 
         models.AST.forward, train_teacher.finish_epoch = spied_forward, spied_finish
 
