@@ -417,8 +417,9 @@ def teachers(args, device):
         if not known:
             baselines.setdefault(name, []).append(student)
             continue
-        if len(known) > 1:
-            raise ValueError(f"{path} has {len(known)} teachers: give students of one")
+        if len(known) > 1 or not os.path.isfile(known[0]):
+            what = f"{path} was taught by {' and '.join(known)}"
+            raise ValueError(f"{what}: give students of one checkpoint, in the folder of their training")
         model, theirs, data = evaluate.open_checkpoint(known[0], args.split, args.data, device)
         teacher = evaluate.main_score(model, theirs, data, device, known[0])
         label = label or f"{theirs['model']['name']} to {name}"

@@ -422,6 +422,9 @@ def test_errors_are_one_sentence(runs, folds, tmp_path):
     models.save_checkpoint(dead, model, **meta | {"data": str(folds), "args": meta["args"] | {"fold": 1}})
     assert f"{dead} predicts the same for all classes" in fails("similarity", dead, other)
     assert "none of these checkpoints has a teacher" in fails("teachers", cnn)
+    for known in ([str(cnn), str(ast)], [str(tmp_path / "gone.pt")]):
+        models.save_checkpoint(other, model, **meta | {"args": meta["args"] | {"fold": 1, "teacher": known}})
+        assert f"{other} was taught by {' and '.join(known)}: give students of one" in fails("teachers", other)
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     shutil.copy(cnn, damaged)
