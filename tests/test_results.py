@@ -14,31 +14,35 @@ def test_readmes_table_is_recomputed_from_the_logs():
 
 
 def test_the_logs_are_of_whole_runs_with_the_settings_that_the_script_has():
-    paths = [sorted(folder.glob("*-s?/args.json")) for folder in (real_audio.RESULTS, real_audio.RESULTS / "float32")]
+    folders = {"": real_audio.RUNS, "float32": real_audio.AGAIN, "gpu": real_audio.GPU}
+    paths = [sorted((real_audio.RESULTS / folder).glob("*-fold?-s?/args.json")) for folder in folders]
     again = sum(len(real_audio.again(f, s)) for f, s in itertools.product(real_audio.FOLDS, real_audio.SEEDS))
-    assert [*map(len, paths)] == [len(real_audio.RUNS) * len(real_audio.FOLDS), again]
-    for path in itertools.chain(*paths):
+    assert [*map(len, paths)] == [len(real_audio.RUNS) * len(real_audio.FOLDS), again, 4 * 5 * 2]
+    for path, runs in ((p, r) for ps, r in zip(paths, folders.values(), strict=True) for p in ps):
         args, log = json.loads(path.read_text()), (path.parent / "log.jsonl").read_text().splitlines()
         name, fold, seed = re.fullmatch(r"(.*)-fold(\d)-s(\d)", path.parent.name).groups()
-        flags, teacher = (real_audio.AGAIN if path.parents[1].name == "float32" else real_audio.RUNS)[name]
+        flags, teacher = runs[name]
         assert (len(log), args["fold"], args["seed"]) == (args["epochs"], int(fold), int(seed))
         metrics = json.loads((path.parent / "metrics-last-eval.json").read_text())
         assert (metrics["clips"], metrics["fold"], metrics["epoch"]) == (400, int(fold), args["epochs"])
-        assert [t.split("/")[-2] for t in args.get("teacher", [])] == ([f"{teacher}-fold{fold}-s0"] if teacher else [])
+        of_seed = seed if runs is real_audio.GPU else 0
+        expected = [f"{teacher}-fold{fold}-s{of_seed}"] if teacher else []
+        assert [t.split("/")[-2] for t in args.get("teacher", [])] == expected
         check_settings(flags, args)
 
 
 def test_the_logs_of_the_mixtures_are_of_whole_runs_with_the_settings_that_the_script_has():
-    paths = sorted((real_audio.RESULTS / "mini").glob("*-s0/args.json"))
-    assert [path.parent.name for path in paths] == sorted(f"{name}-s0" for name in real_audio.MINI)
+    paths = sorted((real_audio.RESULTS / "gpu" / "mini").glob("*/args.json"))
+    names = {f"{name}-s{seed}": (name, seed) for name in real_audio.MINI for seed in real_audio.GPU_SEEDS}
+    assert [path.parent.name for path in paths] == sorted(names)
     for path in paths:
-        args, (flags, teacher) = json.loads(path.read_text()), real_audio.MINI[path.parent.name.removesuffix("-s0")]
-        assert [t.split("/")[-2:] for t in args.get("teacher", [])] == (
-            [[f"{teacher}-s0", "best.pt"]] if teacher else []
-        )
+        args, (name, seed) = json.loads(path.read_text()), names[path.parent.name]
+        flags, teacher = real_audio.MINI[name]
+        expected = [[f"{teacher}-s{seed}", "best.pt"]] if teacher else []
+        assert [t.split("/")[-2:] for t in args.get("teacher", [])] == expected
         check_settings(flags, args)
         metrics = json.loads((path.parent / "metrics-best-eval.json").read_text())
-        assert (metrics["clips"], metrics["seed"], metrics["task"]) == (800, 0, "multi-label")
+        assert (metrics["clips"], metrics["seed"], metrics["task"]) == (800, seed, "multi-label")
         log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
         assert len(log) == args["epochs"] and max(e["val_score"] for e in log) == metrics["val_score"]
 
