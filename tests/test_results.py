@@ -1,7 +1,6 @@
 """README's table of real audio is what the logs in tests/results/ say, and the script that made them still can."""
 
 import itertools
-import json
 import re
 
 import real_audio
@@ -14,37 +13,56 @@ def test_readmes_table_is_recomputed_from_the_logs():
 
 
 def test_the_logs_are_of_whole_runs_with_the_settings_that_the_script_has():
-    folders = {"": real_audio.RUNS, "float32": real_audio.AGAIN, "gpu": real_audio.GPU}
-    paths = [sorted((real_audio.RESULTS / folder).glob("*-fold?-s?/args.json")) for folder in folders]
     again = sum(len(real_audio.again(f, s)) for f, s in itertools.product(real_audio.FOLDS, real_audio.SEEDS))
-    assert [*map(len, paths)] == [len(real_audio.RUNS) * len(real_audio.FOLDS), again, 4 * 5 * 2]
-    for path, runs in ((p, r) for ps, r in zip(paths, folders.values(), strict=True) for p in ps):
-        args, log = json.loads(path.read_text()), (path.parent / "log.jsonl").read_text().splitlines()
-        name, fold, seed = re.fullmatch(r"(.*)-fold(\d)-s(\d)", path.parent.name).groups()
-        flags, teacher = runs[name]
-        assert (len(log), args["fold"], args["seed"]) == (args["epochs"], int(fold), int(seed))
-        metrics = json.loads((path.parent / "metrics-last-eval.json").read_text())
-        assert (metrics["clips"], metrics["fold"], metrics["epoch"]) == (400, int(fold), args["epochs"])
-        of_seed = seed if runs is real_audio.GPU else 0
-        expected = [f"{teacher}-fold{fold}-s{of_seed}"] if teacher else []
-        assert [t.split("/")[-2] for t in args.get("teacher", [])] == expected
-        check_settings(flags, args)
+    for bed, runs, count in (
+        ("", real_audio.RUNS, 5 * len(real_audio.RUNS)),
+        ("float32", real_audio.AGAIN, again),
+        ("gpu", real_audio.GPU, 5 * len(real_audio.GPU) * len(real_audio.GPU_SEEDS)),
+    ):
+        settings, logs, scores = files(bed, "args.json", "log.jsonl", "metrics-last-eval.json")
+        assert len(settings) == count and settings.keys() == logs.keys() <= scores.keys()
+        for run, args in settings.items():
+            name, fold, seed = re.fullmatch(r"(.*)-fold(\d)-s(\d)", run).groups()
+            flags, teacher = runs[name]
+            assert (len(logs[run]), args["fold"], args["seed"]) == (args["epochs"], int(fold), int(seed))
+            metrics = scores[run]
+            assert (metrics["clips"], metrics["fold"], metrics["epoch"]) == (400, int(fold), args["epochs"])
+            expected = [f"{teacher}-fold{fold}-s{seed if bed == 'gpu' else 0}"] if teacher else []
+            assert [t.split("/")[-2] for t in args.get("teacher", [])] == expected
+            check_settings(flags, args)
 
 
 def test_the_logs_of_the_mixtures_are_of_whole_runs_with_the_settings_that_the_script_has():
-    paths = sorted((real_audio.RESULTS / "gpu" / "mini").glob("*/args.json"))
+    settings, logs, scores = files("gpu/mini", "args.json", "log.jsonl", "metrics-best-eval.json")
     names = {f"{name}-s{seed}": (name, seed) for name in real_audio.MINI for seed in real_audio.GPU_SEEDS}
-    assert [path.parent.name for path in paths] == sorted(names)
-    for path in paths:
-        args, (name, seed) = json.loads(path.read_text()), names[path.parent.name]
+    assert settings.keys() == logs.keys() == scores.keys() == names.keys()
+    for run, args in settings.items():
+        name, seed = names[run]
         flags, teacher = real_audio.MINI[name]
         expected = [[f"{teacher}-s{seed}", "best.pt"]] if teacher else []
         assert [t.split("/")[-2:] for t in args.get("teacher", [])] == expected
         check_settings(flags, args)
-        metrics = json.loads((path.parent / "metrics-best-eval.json").read_text())
+        metrics = scores[run]
         assert (metrics["clips"], metrics["seed"], metrics["task"]) == (800, seed, "multi-label")
-        log = [json.loads(line) for line in (path.parent / "log.jsonl").read_text().splitlines()]
-        assert len(log) == args["epochs"] and max(e["val_score"] for e in log) == metrics["val_score"]
+        assert len(logs[run]) == args["epochs"] and max(e["val_score"] for e in logs[run]) == metrics["val_score"]
+
+
+def test_collect_adds_a_run_and_keeps_the_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(real_audio, "RESULTS", tmp_path / "results")
+    real_audio.read.cache_clear()
+    for run in ("b", "a"):
+        (tmp_path / run / "bed" / run).mkdir(parents=True)
+        (tmp_path / run / "bed" / run / "args.json").write_text(f'{{"seed": "{run}"}}')
+        (tmp_path / run / "bed" / run / "log.jsonl").write_text('{"epoch": 1}\n{"epoch": 2}\n')
+        real_audio.collect(tmp_path / run)
+        real_audio.read.cache_clear()
+    settings, logs = (real_audio.read(tmp_path / "results" / "bed" / name) for name in ("args.json", "log.jsonl"))
+    assert settings == {"a": {"seed": "a"}, "b": {"seed": "b"}}
+    assert logs == {"a": [{"epoch": 1}, {"epoch": 2}], "b": [{"epoch": 1}, {"epoch": 2}]}
+
+
+def files(bed, *names):
+    return (real_audio.read(real_audio.RESULTS / bed / name) for name in names)
 
 
 def check_settings(flags, args):
