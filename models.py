@@ -418,7 +418,9 @@ def save_checkpoint(path, model, /, **meta):
 def torch_load(path):
     """The dictionary in a weight file, on the CPU; FileNotFoundError, or ValueError if it is damaged (a flipped bit included)."""
     if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(f"no weights at {path}: name a weight file or a run (--pretrained also takes no, imagenet)")
+        raise FileNotFoundError(
+            f"no weights at {path}: name a weight file or a run (--pretrained also takes no, imagenet)"
+        )
     try:
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
