@@ -79,8 +79,8 @@ def scores(predictions, targets, task):
 
 
 def plain_scores(found):
-    """The single numbers of `scores` as JSON holds them: None where one is not finite"""
-    return {k: v if math.isfinite(v) else None for k, v in found.items() if np.ndim(v) == 0}
+    """The single numbers of `scores`, NumPy's too, as JSON holds them: None where one is not finite"""
+    return {k: float(v) if math.isfinite(v) else None for k, v in found.items() if np.ndim(v) == 0}
 
 
 def probabilities(logits, task):
@@ -120,7 +120,7 @@ def predict(model, data, device, mean, std, batch_size=48, label="predict", prec
 def main_score(model, meta, data, device, label, disturb=None):
     """The score that chooses and that tables show, in [0, 1], of a checkpoint's model on a data set"""
     p, y = predict(model, data, device, meta["mean"], meta["std"], label=label, disturb=disturb)
-    return scores(p, y, data.task)[MAIN_SCORE[data.task]]
+    return float(scores(p, y, data.task)[MAIN_SCORE[data.task]])
 
 
 def check_labels(what, meta, data):

@@ -201,10 +201,11 @@ def build_model(name, n_classes, n_frames=1000, pretrained=False, kd_head=False)
             with torch.no_grad():
                 z = model.eval().feature_map(torch.zeros(1, n_frames, N_MELS))
             model.train()
+            if z.ndim != 4 or z.shape[1] != model.backbone.head_hidden_size:
+                what = f"{tuple(z.shape)} features, not a (B, d, F, T) map"
+                raise ValueError(f"'{name}' gives {what}: it is no plain CNN")
         except (AssertionError, AttributeError, RuntimeError, TypeError) as e:
             raise ValueError(f"'{name}' cannot take (1, {N_MELS}, {n_frames}) spectrograms as a CNN: {e}") from e
-        if z.ndim != 4 or z.shape[1] != model.backbone.head_hidden_size:
-            raise ValueError(f"'{name}' gives {tuple(z.shape)} features, not a (B, d, F, T) map: it is no plain CNN")
     model.spec = {"name": name, "n_classes": n_classes, "n_frames": n_frames, "kd_head": kd_head}
     if pretrained is True:
         load_pretrained(model, f"ImageNet weights {tag}", imagenet_state(tag))

@@ -324,7 +324,7 @@ def finish_epoch(run, log, began, clips):
         p, y = evaluate.predict(run.model, run.val, run.device, run.data.mean, run.data.std, **how)
         found = evaluate.scores(p, y, run.val.task)
         entry |= {f"val_{k}": v for k, v in evaluate.plain_scores(found).items()}
-        entry["val_score"] = found[main]
+        entry["val_score"] = float(found[main])  # a NumPy scalar could not be loaded again
         best = not run.history or entry["val_score"] > max(e["val_score"] for e in run.history)
         val = f"  val {main} {100 * entry['val_score']:.2f}{' *' if best else ''}"
     run.history.append(entry)

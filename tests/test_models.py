@@ -91,7 +91,7 @@ def test_imagenet_tags_are_fixed_and_exist():
 
 
 def test_unknown_and_unfit_models_are_errors():
-    unfit = "timm:resnet10t.no_tag", "timm:test_vit"
+    unfit = "timm:resnet10t.no_tag", "timm:test_vit", "timm:efficientvim_m1"
     for name in ("resnet", "ast-huge", "", "timm:", "timm:nothing", *unfit):
         with pytest.raises(ValueError, match=f"'{name}'") as error:
             models.build_model(name, 5, n_frames=100)

@@ -189,15 +189,20 @@ def test_scores_of_a_checkpoint_and_of_an_ensemble(multi, tmp_path):
     assert [int(r[2]) for r in rows[1:]] == y.sum(0).tolist()
 
 
-def test_a_score_of_ones_own_is_printed_logged_and_saved(multi, tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [0.125, np.float64(0.125), np.float32(0.125)])
+def test_a_score_of_ones_own_is_printed_logged_and_saved_and_may_choose(multi, tmp_path, monkeypatch, number):
     scores = evaluate.scores
-    monkeypatch.setattr(evaluate, "scores", lambda *a: scores(*a) | {"mine": 0.125, "by_class": np.zeros(3)})
+    monkeypatch.setattr(evaluate, "scores", lambda *a: scores(*a) | {"mine": number, "by_class": np.zeros(3)})
+    monkeypatch.setitem(evaluate.MAIN_SCORE, "multi-label", "mine")
     run = tmp_path / "run-s0"
     line = ["--data", multi, "--model", CNN, "--pretrained", "no", "--epochs", 1, "--batch-size", 12, "--out", run]
     inside("train_teacher.py", *line)
     output = inside("evaluate.py", "--ckpt", run).split()
     assert output[output.index("mine") + 5] == "12.50" and written(run)["mine"] == 0.125
-    assert json.loads((run / "log.jsonl").read_text())["val_mine"] == 0.125
+    assert json.loads((run / "log.jsonl").read_text())["val_mine"] == written(run)["val_score"] == 0.125
+    assert "trained already" in inside("train_teacher.py", *line)
+    inside("evaluate.py", "--average", run)
+    assert models.read_checkpoint(run / "wa.pt")["val_score"] == 0.125
 
 
 def test_a_checkpoint_is_scored_on_its_own_fold(folds, tmp_path):
