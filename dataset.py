@@ -21,6 +21,7 @@ import os
 import pathlib
 import signal
 import sys
+import time
 import traceback
 import zlib
 
@@ -101,14 +102,19 @@ LOCKS = {}  # folder: descriptor; the system lifts a lock when its process ends,
 
 def lock(folder):
     """ValueError if another process works in this folder; remove what a killed one left half-written."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as e:
-        os.close(descriptor)
-        raise ValueError(f"{folder} is in use by another process: wait for its end, or give another --out") from e
-    except OSError:  # a file system without locks
-        pass
+    descriptor, patience = os.open(folder, os.O_RDONLY), time.monotonic() + 2  # s: a killed one's workers end after it
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except BlockingIOError as e:
+            if time.monotonic() > patience:
+                os.close(descriptor)
+                way_out = "wait for its end, or give another --out"
+                raise ValueError(f"{folder} is in use by another process: {way_out}") from e
+            time.sleep(0.05)
+        except OSError:  # a file system without locks
+            break
     LOCKS[os.path.realpath(folder)] = descriptor
     for old in pathlib.Path(folder).glob(".*.tmp*"):
         old.unlink()

@@ -3,6 +3,7 @@
 `python -m pytest -q -m slow` runs the long versions of the first two.
 """
 
+import fcntl
 import io
 import json
 import os
@@ -10,6 +11,7 @@ import random
 import resource
 import shutil
 import signal
+import threading
 import time
 import types
 
@@ -229,6 +231,16 @@ def test_two_processes_on_one_folder(multi, tmp_path):
             os.kill(child, signal.SIGKILL)
             ended(child, path)
         assert not inside(script, *args).startswith("error")  # the lock went with its process
+
+
+def test_a_lock_that_a_killed_process_is_about_to_lose_is_waited_for(tmp_path):
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    timer = threading.Timer(0.3, os.close, (descriptor,))
+    timer.start()
+    dataset.lock(tmp_path)
+    timer.join()
+    dataset.unlock(tmp_path)
 
 
 def locked(folder):
