@@ -235,7 +235,7 @@ class FbankDataset(torch.utils.data.Dataset):
         self.rows, self.frames = np.array(rows), np.array(frames)  # (n,): place in the shards, own frame count
         mean, var, share = np.array(mean), np.array(var), self.frames / self.frames.sum()
         self.mean = float(share @ mean)
-        self.std = float(np.sqrt(share @ (var + mean**2) - self.mean**2))
+        self.std = float(np.sqrt(max(0.0, share @ (var + mean**2) - self.mean**2)))
         self.labels = np.full((len(rows), max(1, *map(len, labels))), -1, np.int64)  # (n, most labels of a clip)
         for i, own in enumerate(labels):
             self.labels[i, : len(own)] = own

@@ -132,6 +132,8 @@ def check_ranges(args, data, kind):
         raise ValueError(f"--patchout drops an AST's patches, and {args.model} has none: leave it out")
     if (data.labels == data.labels[0]).all() and (len(data) > 1 or len(data.classes) == 1):
         raise ValueError(f"all training clips of {data.root} have the same labels: add clips that have others")
+    if data.std < 1e-3:  # that of sound is several; rounding makes a hair of none
+        raise ValueError(f"all training clips of {data.root} are silent or the same constant: add clips with sound")
 
 
 def differs(old, key, value, given):

@@ -513,6 +513,18 @@ def test_the_log_is_never_behind_the_weights(multi, tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------- what is wrong
 
 
+def test_silence_alone_is_an_error(multi, tmp_path):
+    silent = shutil.copytree(multi, tmp_path / "silent")
+    header, *lines = (silent / "clips.csv").read_text().splitlines()
+    assert header.endswith(",mean,var")
+    zeros = f",{np.log(2**-23):.6f},0.0"  # what prep_data.py writes for them
+    lines = [line.rsplit(",", 2)[0] + zeros for line in lines]
+    (silent / "clips.csv").write_text("\n".join([header, *lines]) + "\n")
+    output = inside("train_teacher.py", "--data", silent, "--model", CNN, *TINY, "--out", tmp_path / "run")
+    assert output.splitlines()[-1].startswith("error: all training clips of") and "silent" in output
+    assert not (tmp_path / "run").exists()
+
+
 def test_one_class_that_every_clip_has_is_an_error_and_a_detector_is_not(tmp_path):
     flags = ["--model", CNN, *TINY, "--out", tmp_path / "run"]
     every = write_prepared(tmp_path / "every", {"train": 8, "val": 4}, True, classes=["dog"], labels=lambda rng: [0])
