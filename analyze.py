@@ -245,10 +245,8 @@ def similarity(args, device):
         found.append((p, leading(z)))
         known.append([os.path.realpath(t) for t in meta["args"].get("teacher", [])])
     taught = np.array([[os.path.realpath(path) in ours for _, path in items] for ours in known])
-    matrices = {
-        "correlation": np.array([[correlation(p, q) for q, _ in found] for p, _ in found]),
-        "svcca": np.array([[svcca(u, v) for _, v in found] for _, u in found]),
-    }
+    matrices = {"correlation": np.array([[correlation(p, q) for q, _ in found] for p, _ in found])}
+    matrices["svcca"] = np.array([[svcca(u, v) for _, v in found] for _, u in found])
     names = labels_of(items, by_setting=False)
     for key, matrix in matrices.items():
         lines = [[f"{i} {name}", *(f"{v:.3f}" for v in row)] for i, (name, row) in enumerate(zip(names, matrix), 1)]

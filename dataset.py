@@ -110,8 +110,7 @@ def lock(folder):
         except BlockingIOError as e:
             if time.monotonic() > patience:
                 os.close(descriptor)
-                way_out = "wait for its end, or give another --out"
-                raise ValueError(f"{folder} is in use by another process: {way_out}") from e
+                raise ValueError(f"{folder} is in use by another process: wait for it, or give another --out") from e
             time.sleep(0.05)
         except OSError:  # a file system without locks
             break
@@ -144,7 +143,7 @@ def command_line(main):
     try:
         main()
     except torch.OutOfMemoryError:
-        stop("error: the GPU's memory is full: use a smaller --batch-size, or --cache disk where the clips took it")
+        stop("error: the GPU's memory is full: use a smaller --batch-size or --cache disk to train")
     except (ValueError, OSError) as e:  # TRACEBACK=1 python ... shows where it came from
         way_out = ": free some disk, the same command resumes" if getattr(e, "errno", 0) == errno.ENOSPC else ""
         stop(traceback.format_exc() if os.environ.get("TRACEBACK") else f"error: {e}{way_out}")
@@ -158,7 +157,6 @@ def stop(message):
     """End the process with this message and exit code 1; under torchrun at once, or it might wait for the others."""
     if not dist.is_initialized():
         sys.exit(message)
-    sys.stdout.flush()
     print(message, file=sys.stderr, flush=True)
     os._exit(1)
 
@@ -192,6 +190,8 @@ class FbankDataset(torch.utils.data.Dataset):
             if crc32(self.root / name) != crc:
                 print(f"{self.root / name} was edited after its preparation: the edited table is used")
         self.source, self.task, self.n_frames = (self.stats[k] for k in ("source", "task", "n_frames"))
+        if self.task not in ("multi-label", "single-label"):
+            raise ValueError(f"{self.root / 'stats.json'} has task '{self.task}': it is multi-label or single-label")
         self.listed = self.stats.get("listed", {}).get(split)
         try:
             with open(self.root / "classes.csv", newline="", encoding="utf-8-sig") as f:
@@ -236,9 +236,8 @@ class FbankDataset(torch.utils.data.Dataset):
         mean, var, share = np.array(mean), np.array(var), self.frames / self.frames.sum()
         self.mean = float(share @ mean)
         self.std = float(np.sqrt(max(0.0, share @ (var + mean**2) - self.mean**2)))
-        self.labels = np.full((len(rows), max(1, *map(len, labels))), -1, np.int64)  # (n, most labels of a clip)
-        for i, own in enumerate(labels):
-            self.labels[i, : len(own)] = own
+        most = max(1, *map(len, labels))  # labels of a clip
+        self.labels = np.array([own + [-1] * (most - len(own)) for own in labels], np.int64)  # (n, most)
 
     def _check_shards(self):
         """Every file is there and as long as it should be; the place of its first row."""

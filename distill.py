@@ -113,6 +113,8 @@ def main():
     args.teacher = [str(models.best_of(path)) for path in args.teacher]
     if not 0 <= args.lam <= 1:
         raise ValueError(f"--lam {args.lam} is out of range [0, 1]")
+    if args.kd_head and args.lam in (0, 1):
+        raise ValueError(f"--kd-head with --lam {args.lam} leaves a head untrained, and both are scored: leave it out")
     device = models.setup(args.device, args.precision)
     data, val = train_teacher.open_data(args)
     train_teacher.resolve(args, data)
@@ -120,6 +122,9 @@ def main():
     resolve_tau(args, metas, data)
     args.teacher_args = [zlib.crc32(json.dumps(meta["args"], sort_keys=True).encode()) for meta in metas]  # made anew?
     args.teacher_epochs = [meta["epoch"] for meta in metas]  # best.pt of a teacher that still trains changes
+    for path, meta in zip(args.teacher, metas):
+        if (meta["model"]["name"], meta["args"].get("seed")) == (args.model, args.seed):
+            print(f"teacher {path} has the student's model and seed, so its batches: for self-KD give another --seed")
     names = [meta["model"]["name"] for meta in metas]
     run = train_teacher.begin(args, data, val, device, f"-from-{'+'.join(names)}", teachers=names)
     net, n_steps = models.wrap(run.model, args, device), dataset.steps_in_epoch(data, args)

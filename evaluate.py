@@ -67,15 +67,9 @@ def scores(predictions, targets, task):
         ap = np.where(positives > 0, average_precision_score(hot, predictions, average=None), np.nan)
         auc = np.atleast_1d(roc_auc_score(hot, predictions, average=None))  # it gives a number for C = 1
         mean_ap, mean_auc = float(np.nanmean(ap)), float(np.nanmean(auc))
-    return {
-        "mAP": mean_ap,
-        "mAUC": mean_auc,
-        "d_prime": float(math.sqrt(2) * ndtri(mean_auc)),
-        "accuracy": float(hot[np.arange(len(hot)), predictions.argmax(1)].mean()),
-        "AP": ap,
-        "AUC": auc,
-        "positives": positives,
-    }
+    accuracy = float(hot[np.arange(len(hot)), predictions.argmax(1)].mean())
+    found = {"mAP": mean_ap, "mAUC": mean_auc, "d_prime": float(math.sqrt(2) * ndtri(mean_auc)), "accuracy": accuracy}
+    return found | {"AP": ap, "AUC": auc, "positives": positives}
 
 
 def plain_scores(found):
@@ -319,9 +313,9 @@ def average_run(run, device, keep_epochs=False, root=None):
         print(f"{run}: its recipe has no weight averaging")
     elif pruned and (run / "wa.pt").exists():
         print(f"{run} is averaged already")  # and was killed while it pruned
+    elif pruned:
+        raise ValueError(f"{run} lacks some of ep-01.pt to ep-{args['epochs']:02d}.pt: pruned, or never written")
     else:
-        if pruned:
-            raise ValueError(f"{run} lacks some of ep-01.pt to ep-{args['epochs']:02d}.pt: pruned, or never written")
         model, meta = models.load_checkpoint(paths[-1])
         if args["average"] == "val":
             best, data = None, open_for(meta, "val", root)

@@ -113,13 +113,13 @@ class AST(nn.Module):
 class CNN(nn.Module):
     """A timm CNN with 1 input channel and mean pooling over time and frequency (Section 2.1)."""
 
-    def __init__(self, tag, n_classes, kd_head):
+    def __init__(self, tag, n_classes, kd_head, head=nn.Linear):
         super().__init__()
         depth = {"drop_path_rate": STOCHASTIC_DEPTH} if "efficientnet" in tag else {}
         self.backbone = timm.create_model(tag, in_chans=1, num_classes=0, global_pool="", **depth)
         d = self.backbone.head_hidden_size
-        self.head = nn.Linear(d, n_classes)
-        self.kd_head = nn.Linear(d, n_classes) if kd_head else None
+        self.head = head(d, n_classes)
+        self.kd_head = head(d, n_classes) if kd_head else None
 
     def feature_map(self, x):
         """x (B, T, F) -> (B, d, F/32, T/32)"""
@@ -162,10 +162,7 @@ class Hybrid(CNN):
     """CNN-attention hybrid (Section 4.5): EfficientNet features, mean over frequency, PSLA attention over time."""
 
     def __init__(self, tag, n_classes, kd_head):
-        super().__init__(tag, n_classes, kd_head=False)
-        d = self.backbone.head_hidden_size
-        self.head = AttentionPool(d, n_classes)
-        self.kd_head = AttentionPool(d, n_classes) if kd_head else None
+        super().__init__(tag, n_classes, kd_head, AttentionPool)
 
     def forward(self, x, both=False, keep=None):
         return outputs(self.head, self.kd_head, self.feature_map(x).mean(2).transpose(1, 2), both)  # of (B, T', d)
@@ -179,7 +176,7 @@ def outputs(head, kd_head, z, both, z_kd=None):
         logits = kd_logits = head(z.to(dtype))  # (..., C)
         if kd_head is not None:
             kd_logits = kd_head((z if z_kd is None else z_kd).to(dtype))
-    return (logits, kd_logits) if both else logits if kd_logits is logits else (logits + kd_logits) / 2
+    return (logits, kd_logits) if both else (logits if kd_head is None else (logits + kd_logits) / 2)
 
 
 def build_model(name, n_classes, n_frames=1000, pretrained=False, kd_head=False):
@@ -189,8 +186,7 @@ def build_model(name, n_classes, n_frames=1000, pretrained=False, kd_head=False)
     file that load_pretrained understands. Raises ValueError for an unknown name or weights that do not fit, and
     FileNotFoundError for a path that does not exist; asked-for weights are never replaced by random ones.
     """
-    kind = family(name)
-    tag = name.removeprefix("timm:") if name.startswith("timm:") else MODELS[name][1]
+    kind, tag = MODELS[name] if name in MODELS else (family(name), name.removeprefix("timm:"))
     if not timm.is_model(tag.split(".")[0]):
         raise ValueError(f"unknown model '{name}': timm {timm.__version__} has no '{tag}'; see timm.list_models()")
     if kind == "ast":
@@ -202,8 +198,7 @@ def build_model(name, n_classes, n_frames=1000, pretrained=False, kd_head=False)
                 z = model.eval().feature_map(torch.zeros(1, n_frames, N_MELS))
             model.train()
             if z.ndim != 4 or z.shape[1] != model.backbone.head_hidden_size:
-                what = f"{tuple(z.shape)} features, not a (B, d, F, T) map"
-                raise ValueError(f"'{name}' gives {what}: it is no plain CNN")
+                raise ValueError(f"'{name}' gives {tuple(z.shape)}, not a (B, d, F, T) map: it is no plain CNN")
         except (AssertionError, AttributeError, RuntimeError, TypeError) as e:
             raise ValueError(f"'{name}' cannot take (1, {N_MELS}, {n_frames}) spectrograms as a CNN: {e}") from e
     model.spec = {"name": name, "n_classes": n_classes, "n_frames": n_frames, "kd_head": kd_head}
@@ -385,11 +380,8 @@ def load_pretrained(model, path, state=None):
             found = f"its {head} is for other classes or of another kind" if theirs else f"no {head} in it"
             changed.append(f"{found}: ours starts at its initialisation" if mine else f"its {head} was left out")
     state = {k: v for k, v in own.items() if k.endswith("num_batches_tracked")} | state  # old files lack these counters
-    faults = {
-        "missing": [k for k in own if k not in state],
-        "unexpected": [k for k in state if k not in own],
-        "of another shape": [k for k in own if k in state and own[k].shape != state[k].shape],
-    }
+    faults = {"missing": [k for k in own if k not in state], "unexpected": [k for k in state if k not in own]}
+    faults["of another shape"] = [k for k in own if k in state and own[k].shape != state[k].shape]
     if any(faults.values()):
         few = lambda keys: ", ".join(keys[:20]) + ", ..." * (len(keys) > 20)
         lists = "; ".join(f"{what} {len(keys)}: {few(keys)}" for what, keys in faults.items() if keys)
@@ -419,9 +411,7 @@ def save_checkpoint(path, model, /, **meta):
 def torch_load(path):
     """The dictionary in a weight file, on the CPU; FileNotFoundError, or ValueError if it is damaged (a flipped bit included)."""
     if not pathlib.Path(path).is_file():
-        raise FileNotFoundError(
-            f"no weights at {path}: name a weight file or a run (--pretrained also takes no, imagenet)"
-        )
+        raise FileNotFoundError(f"no weights at {path}: name a file or a run (--pretrained also takes no, imagenet)")
     try:
         if str(path).endswith(".safetensors"):
             return safetensors.torch.load_file(path)
@@ -457,8 +447,6 @@ AST_CONFIG = {  # what Hugging Face's config.json may vary and our AST does not:
     "patch_size": PATCH, "frequency_stride": STRIDE, "time_stride": STRIDE, "num_mel_bins": N_MELS, "qkv_bias": True,
     "hidden_act": "gelu",
 }  # fmt: skip
-
-
 AST_WIDTHS = {192: "ast-tiny", 384: "ast-small", 768: "ast-base"}  # with heads of 64, which no tensor shows
 
 
@@ -466,13 +454,11 @@ def read_config(folder):
     """config.json of a folder as Hugging Face writes it; ValueError for an AST that computes something else than ours"""
     config = dataset.read_json(folder / "config.json")
     theirs = AST_CONFIG | {"num_attention_heads": 12, "hidden_size": 768} | config  # AST-Base's may be left out
-    width, ours = theirs["hidden_size"], dict(AST_CONFIG)
-    if width in AST_WIDTHS:
-        ours["num_attention_heads"] = width // 64
-    for key in ours if "audio" in config.get("model_type", "audio") else ():
-        if theirs[key] != ours[key]:
-            what = f"{key} {theirs[key]}, and ours has {ours[key]}"
-            raise ValueError(f"{folder} holds an AST with {what}: it cannot be used here")
+    width = theirs["hidden_size"]
+    ours = AST_CONFIG | ({"num_attention_heads": width // 64} if width in AST_WIDTHS else {})
+    for key, value in ours.items() if "audio" in config.get("model_type", "audio") else ():
+        if theirs[key] != value:
+            raise ValueError(f"{folder} holds an AST with {key} {theirs[key]}, and ours has {value}: it does not fit")
     return config
 
 
@@ -600,6 +586,7 @@ def wrap(model, args, device, trains=True):
     synced = any(isinstance(m, nn.SyncBatchNorm) for m in model.modules())
     if device.type == "cuda" and args.compile and not synced:
         model.compile(dynamic=False)
+        print("the student is compiled in its first step" if trains else "a teacher is compiled in its first step")
     return DistributedDataParallel(model, gradient_as_bucket_view=True) if trains and world() > 1 else model
 
 

@@ -225,13 +225,13 @@ def fsd50k(root):
     truth, clips = root / "FSD50K.ground_truth", []
     classes = [(mid, name) for _, (_, name, mid) in read_rows(truth / "vocabulary.csv") if mid != "mid"]
     index = {mid: i for i, (mid, _) in enumerate(classes)}
-    columns = ["fname", "labels", "mids"]
-    for part, r in ((p, r) for p in ("dev", "eval") for r in read_table(truth / f"{p}.csv", columns)):
-        labels = [index.get(mid) for mid in r["mids"].split(",")]
-        if None in labels:
-            raise ValueError(f"{truth / part}.csv line {r['line']}: a class of '{r['mids']}' is not in vocabulary.csv")
-        path = str(root / f"FSD50K.{part}_audio" / f"{r['fname']}.wav")
-        clips.append(Clip(r["fname"], path, r.get("split", "eval"), "", sorted(labels)))
+    for part in ("dev", "eval"):
+        for r in read_table(truth / f"{part}.csv", ["fname", "labels", "mids"]):
+            labels = [index.get(mid) for mid in r["mids"].split(",")]
+            if None in labels:
+                raise ValueError(f"{truth / part}.csv line {r['line']}: '{r['mids']}' is not all in vocabulary.csv")
+            path = str(root / f"FSD50K.{part}_audio" / f"{r['fname']}.wav")
+            clips.append(Clip(r["fname"], path, r.get("split", "eval"), "", sorted(labels)))
     return classes, clips
 
 

@@ -97,9 +97,9 @@ def resolve(args, data):
     args.recipe = args.recipe or (data.source if f"{data.source} {kind}" in RECIPES else like)
     row = dict(zip(COLUMNS, RECIPES[f"{args.recipe} {kind}"]), time_mask=round(TIME_MASK * data.n_frames))
     args.pretrained = args.pretrained or ("no" if args.recipe == "demo" else "imagenet")
-    if args.recipe == "esc50" and kind == "ast" and args.pretrained not in ("no", "imagenet"):
-        image = pathlib.Path(args.pretrained).exists() and "cls_token" in models.read_weights(args.pretrained)
-        row["lr"] = row["lr"] if image else 1e-5  # only timm's ViTs have that name at the top
+    weights = args.pretrained if args.pretrained not in ("no", "imagenet") else None
+    if args.recipe == "esc50" and kind == "ast" and weights and "cls_token" not in models.read_weights(weights):
+        row["lr"] = 1e-5  # of audio: only timm's ViTs have that name at the top
     for key, value in row.items():
         if getattr(args, key, None) is None:  # decay and average have no flag
             setattr(args, key, value)
@@ -132,8 +132,6 @@ def check_ranges(args, data, kind):
         raise ValueError(f"--patchout drops an AST's patches, and {args.model} has none: leave it out")
     if (data.labels == data.labels[0]).all() and (len(data) > 1 or len(data.classes) == 1):
         raise ValueError(f"all training clips of {data.root} have the same labels: add clips that have others")
-    if data.std < 1e-3:  # that of sound is several; rounding makes a hair of none
-        raise ValueError(f"all training clips of {data.root} are silent or the same constant: add clips with sound")
 
 
 def differs(old, key, value, given):
@@ -185,6 +183,8 @@ def open_data(args):
     train = dataset.FbankDataset(args.data, "train-balanced" if args.recipe == "audioset-bal" else "train", args.fold)
     if train.source == "audioset" and args.recipe in (None, "audioset") and "train-unbalanced" not in train.splits:
         raise ValueError(f"{train.root} has AudioSet's balanced part only: use --recipe audioset-bal, or prepare all")
+    if train.std < 1e-3:  # that of sound is several; rounding makes a hair of none
+        raise ValueError(f"all training clips of {train.root} are silent or the same constant: add clips with sound")
     val = dataset.FbankDataset(args.data, "val") if train.has_val else None
     if val is not None and (val.labels < 0).all():
         raise ValueError(f"no validation clip of {val.root} has a label, so none could be chosen by: label some")
@@ -210,7 +210,7 @@ def begin(args, data, val, device, suffix="", **meta):
         print(f"{args.out} is trained already ({args.epochs} epochs); remove it to train again")
         sys.exit(0)
     torch.manual_seed(args.seed)
-    pretrained = {"no": False, "imagenet": True}.get(args.pretrained, args.pretrained)
+    pretrained = False if last else {"no": False, "imagenet": True}.get(args.pretrained, args.pretrained)
     kd_head = getattr(args, "kd_head", False)
     model = models.build_model(args.model, len(data.classes), data.n_frames, pretrained, kd_head).to(device)
     optimizer = torch.optim.Adam(model.parameters(), args.lr, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
@@ -239,8 +239,7 @@ def place_clips(args, data, device):
         data.keep_on(device)
     where = "disk, through the page cache" if data.cache is None else f"{device.type} memory"
     print(f"{data.count()} training clips, {need / 2**30:.2f} GiB, are read from {where}")
-    compiled = ", compiled" if device.type == "cuda" and args.compile else ""
-    print(f"training on {device} in {args.precision or models.PRECISION[device.type]}{compiled}")
+    print(f"training on {device} in {args.precision or models.PRECISION[device.type]}")
 
 
 def check_disk(run):
@@ -318,8 +317,7 @@ def finish_epoch(run, log, began, clips):
         for buffer in run.model.buffers():  # on CPUs each rank's batch norms saw its own clips; rank 0's are saved
             torch.distributed.broadcast(buffer, 0)
     args, out, epoch, best, val = run.args, run.args.out, len(run.history) + 1, True, ""
-    entry = {"epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"]}
-    entry |= losses | {"seconds": round(seconds, 2)}
+    entry = {"epoch": epoch, "lr": run.optimizer.param_groups[0]["lr"], **losses, "seconds": round(seconds, 2)}
     entry |= {"clips_per_second": round(clips / seconds, 2), "peak_gib": peak_gib(run.device)}
     if run.val is not None:
         how, main = {"precision": args.precision, "label": "validation"}, evaluate.MAIN_SCORE[run.val.task]
@@ -340,8 +338,7 @@ def finish_epoch(run, log, began, clips):
         dataset.atomic_write(out / "log.jsonl", lambda p: p.write_text(lines))
     save_last(run, run.log)  # last of all: until it is there, the epoch is done again
     speed = f"{seconds:.0f} s, {entry['clips_per_second']:.0f} clips/s, peak {entry['peak_gib']:.1f} GiB"
-    done = f"epoch {epoch:2d}/{args.epochs}  loss {entry['loss']:.4f}{val}  lr {entry['lr']:.2e}"
-    print(f"{done}  {speed}", flush=True)
+    print(f"epoch {epoch:2d}/{args.epochs}  loss {entry['loss']:.4f}{val}  lr {entry['lr']:.2e}  {speed}", flush=True)
     if epoch == args.epochs:
         print(f"wrote {out}: best.pt, last.pt, ep-NN.pt, log.jsonl")
 

@@ -431,6 +431,7 @@ def test_check_finds_what_is_wrong(tmp_path):
     assert "fbank-00000.npy is damaged" in faulty(shard, good[shard][:-100])
     stats = json.loads(good[sound_folder / "stats.json"])
     assert "version" in faulty(sound_folder / "stats.json", json.dumps(stats | {"version": 0}).encode())
+    assert "task 'MULTI'" in faulty(sound_folder / "stats.json", json.dumps(stats | {"task": "MULTI"}).encode())
     cells = row.split(",")
     for place, value in ((0, "600"), (5, "7"), (6, "60")):  # a row, a class, a frame that is not there
         bad = ",".join([*cells[:place], value, *cells[place + 1 :]])

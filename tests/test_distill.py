@@ -43,7 +43,7 @@ def write_teacher(path, name, data, seed=0, n_frames=None, **changes):
         (model.mlp_head[1] if name == AST else model.head).weight.mul_(200 if name == CNN else 50)
     meta = {
         "classes": data.classes, "mean": data.mean, "std": data.std, "n_frames": n_frames or data.n_frames, "task": data.task,
-        "sample_rate": 16000, "data": str(data.root), "epoch": 1, "args": {"fold": data.fold, "seed": 0, "pretrained": "no"},
+        "sample_rate": 16000, "data": str(data.root), "epoch": 1, "args": {"fold": data.fold, "seed": 9, "pretrained": "no"},
     }  # fmt: skip
     models.save_checkpoint(path, model, **meta | changes)
     return path
@@ -351,6 +351,13 @@ def test_temperatures_reach_the_loss(multi, teachers, tmp_path, monkeypatch):
     assert "tau=[1.0, 2.5]" in output and {tuple(given["tau"]) for given, _ in spy.losses} == {(1.0, 2.5)}
 
 
+def test_self_kd_with_the_seed_of_the_teacher_is_said(multi, teachers, tmp_path):
+    flags = ["--data", multi, *TINY, "--epochs", 1, "--teacher", teachers["cnn"]]
+    for model, seed, twins in ((CNN, 9, True), (CNN, 0, False), (AST, 9, False)):
+        output = inside("distill.py", *flags, "--model", model, "--seed", seed, "--out", tmp_path / f"{model}-{seed}")
+        assert ("for self-KD give another --seed" in output) == twins
+
+
 # ----------------------------------------------------------------------------------------------- what a teacher may be
 
 
@@ -390,6 +397,7 @@ def test_what_a_teacher_may_not_be(folds, multi, teachers, tmp_path):
         (["gone.pt", "--lam", 2], "--lam"),
         (["gone.pt", "--lam", -0.1], "--lam"),
         (["gone.pt", "--lam", "nan"], "--lam"),
+        (["TEACHER", "--lam", 1, "--kd-head"], "leaves a head untrained"),
         (["TEACHER", "--tau", "nan"], "--tau"),
         (["TEACHER", "--tau", "inf"], "--tau"),
         (["TEACHER", "--tau", 0], "--tau"),

@@ -190,6 +190,8 @@ def test_the_text_itself_covers_the_tables(tmp_path):
     assert kept == {f"fsd50k/{m}-s{seed}" for m in models_4_3 for seed in range(3)}
     cells = {(after(c, "--model"), after(c, "--teacher"), after(c, "--tau")) for c in trained["Table 3"].values()}
     assert len(cells) == len(trained["Table 3"]) == 7 * 7 * 2
+    for c in trained["Table 3"].values():  # self-KD: not of the teacher's seed
+        assert (c[-2:] == ("--seed", "1")) == (f"/{after(c, '--model')}-s0/" in after(c, "--teacher"))
     sizes = {title: len(found) for title, found in trained.items()}
     assert [sizes[f"Table {n}"] for n in (4, 5, 7, 8)] == [2, 18, 12, 6] and sizes["Figure 2"] == 14
     thirteen = {

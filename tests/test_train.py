@@ -141,6 +141,8 @@ def test_the_rate_on_esc50_depends_on_what_the_weights_have_heard(tmp_path):
         assert settings("--model", "ast-base", "--pretrained", tmp_path / name, data=ESC).lr == lr
         assert settings("--model", "efficientnet-b2", "--pretrained", tmp_path / name, data=ESC).lr == 1e-4
         assert settings("--model", "ast-base", "--pretrained", tmp_path / name, data=FSD).lr == 5e-5
+    with pytest.raises(FileNotFoundError, match="no weights at"):
+        settings("--model", "ast-base", "--pretrained", tmp_path / "gone.pth", data=ESC)
 
 
 @pytest.mark.parametrize(
@@ -488,8 +490,11 @@ def test_a_finished_run_stays_finished(teacher, multi, tmp_path, monkeypatch):
 
 
 def test_resume_elsewhere(multi, tmp_path, monkeypatch):
-    """Where clips lie, how the model runs and on which device may differ from the run's beginning."""
-    flags = ["--data", multi, "--model", CNN, *TINY]
+    """Where clips lie, how the model runs and on which device may differ from the run's beginning; the weights that it
+    started from may be gone."""
+    start = tmp_path / "start.pth"
+    torch.save(models.build_model(CNN, 3, 30).state_dict(), start)
+    flags = ["--data", multi, "--model", CNN, *TINY, "--pretrained", start]
     interrupted("train_teacher.py", flags, tmp_path / "whole", 0, monkeypatch)
     interrupted("train_teacher.py", [*flags, "--cache", "disk"], tmp_path / "cut", 6, monkeypatch)
     last = models.read_checkpoint(tmp_path / "cut" / "last.pt")
@@ -500,6 +505,7 @@ def test_resume_elsewhere(multi, tmp_path, monkeypatch):
     args = dataset.read_json(tmp_path / "cut" / "args.json")
     dataset.write_json(tmp_path / "cut" / "args.json", args | {"device": "cuda", "cache": "device"})
     more = ["--cache", "device", "--no-compile", "--device", "cpu"]
+    start.unlink()
     output = inside("train_teacher.py", *flags, "--out", tmp_path / "cut", *more)
     assert "resuming" in output and "are read from cpu memory" in output
     assert same(weights(tmp_path / "whole" / "last.pt"), weights(tmp_path / "cut" / "last.pt"))
@@ -517,7 +523,7 @@ def test_silence_alone_is_an_error(multi, tmp_path):
     silent = shutil.copytree(multi, tmp_path / "silent")
     header, *lines = (silent / "clips.csv").read_text().splitlines()
     assert header.endswith(",mean,var")
-    zeros = f",{np.log(2**-23):.6f},0.0"  # what prep_data.py writes for them
+    zeros = f",{dataset.FLOOR},0.0"  # what prep_data.py writes for them
     lines = [line.rsplit(",", 2)[0] + zeros for line in lines]
     (silent / "clips.csv").write_text("\n".join([header, *lines]) + "\n")
     output = inside("train_teacher.py", "--data", silent, "--model", CNN, *TINY, "--out", tmp_path / "run")
