@@ -338,8 +338,9 @@ def average_run(run, device, keep_epochs=False, root=None):
     if world() > 1:
         dist.barrier()  # every rank has read the epochs
     if rank() == 0 and not (keep_epochs or args["keep_epochs"]):
-        for path in sorted(run.glob("ep-*.pt")):  # ep-00 first: run_all.sh sees an interruption
+        for path in (found := sorted(run.glob("ep-*.pt"))):  # ep-00 first: run_all.sh sees an interruption
             path.unlink()
+        print(f"removed {len(found)} ep-NN.pt of {run}: --keep-epochs would keep them")
 
 
 # --------------------------------------------------------------------------------------------------------- summary
@@ -380,10 +381,23 @@ def read_results(folder):
             if path != next((p for p in others if p.exists()), path):
                 continue  # of one setting's ensembles that of the averaged weights counts, else of the best
             run, name = run.removeprefix("ensemble-"), "ensemble"
-        settings.setdefault(run, {}).setdefault(name, []).append(dataset.read_json(path, *facts))
+        metrics, same = dataset.read_json(path, *facts), settings.setdefault(run, {}).setdefault(name, [])
+        check_current(path, name, metrics)
+        if any((m["seed"], m["fold"]) == (metrics["seed"], metrics["fold"]) for m in same):
+            print(f"{path.parent} has the seed and fold of another run of the row '{run}': rename it if they differ")
+        same.append(metrics)
     if not settings:
         raise ValueError(f"{folder} holds no metrics-*-eval.json: score its runs first with --ckpt")
     return settings
+
+
+def check_current(path, name, metrics):
+    """Print it if a run trained on after this file of scores was written."""
+    if name in ("best", "last") and (path.parent / "log.jsonl").exists():
+        log = read_log(path.parent, "epoch", "val_score")
+        by = log["val_score" if name == "best" and "val_score" in log else "epoch"]
+        if (now := by.index(max(by)) + 1) != metrics.get("epoch", now):
+            print(f"{path} is of epoch {metrics['epoch']}, and {name}.pt now of {now}: score it again")
 
 
 def summary(folder):

@@ -47,8 +47,8 @@ import dataset
 from dataset import N_MELS, SAMPLE_RATE, SHARD, VERSION, atomic_write, crc32, read_json, write_csv, write_json
 
 CHUNK = 16  # clips that a worker takes at a time
-UNREADABLE = ".m4a", ".mp4", ".webm"  # by soundfile: these are listed in skipped.csv
-AUDIO = ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".caf", ".w64", *UNREADABLE
+UNREADABLE = ".m4a", ".mp4", ".webm", ".aac", ".wma", ".amr"  # by soundfile: these are listed in skipped.csv
+AUDIO = ".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".aifc", ".au", ".caf", ".w64", *UNREADABLE
 SPLITS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "eval": "eval", "test": "eval", "": ""}
 SPLITS |= {"training": "train", "testing": "eval", "evaluation": "eval"}
 TIMEOUT, WAITS = 60, (1, 2, 4, 8, 16)  # s: of a silent connection, and before the next attempt while nothing new comes
@@ -324,6 +324,8 @@ def class_folders(root):
     clips = [Clip(p.as_posix(), str(root / p), split, "", [index[name]]) for split, name, p in found]
     if len(index) < 2 or all(re.fullmatch(r"fold[ _-]?\d+", name, re.IGNORECASE) for name in index):
         raise ValueError(f"{root} holds no class folders with audio: give {root}/CLASS/*.wav, or a table")
+    if left := len({*map(pathlib.Path, files_below(root, ("",)))} - {pathlib.Path(c.path) for c in clips}):
+        print(f"{left} files of {root} are left out: in no class folder, or without the ending of an audio format")
     return [("", name) for name in index], clips if splits else make_split(clips, root)
 
 

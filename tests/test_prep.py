@@ -296,13 +296,16 @@ def test_a_split_that_cannot_be_read_is_an_error(tmp_path):
     assert "no clip has split 'eval'" in said and not (tmp_path / "out" / "stats.json").exists()
 
 
-def test_folders_without_audio_are_no_classes_and_links_are_followed(tmp_path):
+def test_folders_without_audio_are_no_classes_and_links_are_followed(tmp_path, capsys):
     for place in ("Training/cat", "Training/dog", "Training/none", "testing/cat", "testing/dog", "disk/deep"):
         (tmp_path / "in" / place if place[0] != "d" else tmp_path / place).mkdir(parents=True)
     for place in ("in/Training/cat", "in/Training/dog", "in/testing/cat", "in/testing/dog", "disk/deep"):
         soundfile.write(tmp_path / place / "1.WAV", partials(16000, 0.1), 16000, format="WAV")
     (tmp_path / "in" / "Training" / "dog" / "more").symlink_to(tmp_path / "disk")
+    for name in ("Training/none/readme.txt", "Training/top.wav"):
+        (tmp_path / "in" / name).touch()
     classes, clips = prep_data.class_folders(tmp_path / "in")
+    assert f"2 files of {tmp_path / 'in'} are left out" in capsys.readouterr().out
     assert [name for _, name in classes] == ["cat", "dog"]
     assert [(c.id, c.split, c.labels) for c in clips] == [
         ("Training/cat/1.WAV", "train", [0]), ("Training/dog/1.WAV", "train", [1]),

@@ -380,7 +380,8 @@ def test_a_fixed_start_needs_no_data_and_keeps_epochs_when_told(multi, tmp_path)
 
 def test_a_recipe_without_averaging_prunes_only(folds, tmp_path):
     folder = trained(tmp_path / "run", folds, 2, average="off", fold=1)
-    assert "its recipe has no weight averaging" in inside("evaluate.py", "--average", folder)
+    output = inside("evaluate.py", "--average", folder)
+    assert "its recipe has no weight averaging" in output and f" ep-NN.pt of {folder}: --keep-epochs" in output
     assert left(folder) == ["last.pt"]
 
 
@@ -475,6 +476,24 @@ def test_summary_over_seeds(tmp_path, capsys):
     kd = rows["ast-tiny-from-cnn"]
     assert (kd["teachers"], kd["val"], kd["best mAP"], kd["averaged mAP"]) == ("cnn", "40.0 ± 0.0", "62.0 ± 2.0", "-")
     assert (rows["one"]["last mAP"], rows["one"]["best mAP"], rows["one"]["val"]) == ("70.0", "-", "-")
+
+
+def test_summary_names_scores_of_an_earlier_epoch_and_runs_of_one_seed(tmp_path, capsys):
+    for run, epoch, values in (
+        ("old-s0", 1, (0.2, 0.6, 0.5)),
+        ("new-s0", 2, (0.2, 0.6, 0.5)),
+        ("folds-s0", 1, (None, None)),
+    ):
+        result(tmp_path, run, "best", 0.5, epoch=epoch)
+        log = [{"epoch": e} | ({"val_score": v} if v else {}) for e, v in enumerate(values, 1)]
+        (tmp_path / run / "log.jsonl").write_text("".join(json.dumps(e) + "\n" for e in log))
+    result(tmp_path, "old-s1", "best", 0.4)  # of seed 0, as the other
+    evaluate.summary(tmp_path)
+    said = capsys.readouterr().out
+    assert said.count("score it again") == 2 and "new-s0" not in said
+    for run, now in (("old-s0", 2), ("folds-s0", 2)):
+        assert f"{tmp_path / run / 'metrics-best-eval.json'} is of epoch 1, and best.pt now of {now}" in said
+    assert said.count("seed and fold of another run of the row 'old'") == said.count("seed and fold of another") == 1
 
 
 def test_summary_over_folds_of_one_seed(tmp_path, capsys):
