@@ -340,7 +340,8 @@ def average_run(run, device, keep_epochs=False, root=None):
     if rank() == 0 and not (keep_epochs or args["keep_epochs"]):
         for path in (found := sorted(run.glob("ep-*.pt"))):  # ep-00 first: run_all.sh sees an interruption
             path.unlink()
-        print(f"removed {len(found)} ep-NN.pt of {run}: --keep-epochs would keep them")
+        if found:
+            print(f"removed {len(found)} ep-NN.pt of {run}: --keep-epochs would have kept them")
 
 
 # --------------------------------------------------------------------------------------------------------- summary

